@@ -1,0 +1,58 @@
+"""Make Hugging Face vision models smaller while they train, and keep them ordinary Hugging Face models.
+
+Importing this package lets the stock ``from_pretrained`` load compressed checkpoints. It imports neither torch nor
+transformers by itself; every name below is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from . import _registration
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "Axis": "axes",
+    "AxisGraph": "axes",
+    "Plan": "surgery",
+    "HfCompressConfig": "hub",
+    "HfCompressError": "errors",
+    "L1": "methods",
+    "Lp": "methods",
+    "MCP": "methods",
+    "Measurement": "measure",
+    "NetworkSlimmingCallback": "methods",
+    "ProximalSlimmingCallback": "methods",
+    "RunResult": "recipe",
+    "SCAD": "methods",
+    "TransformedL1": "methods",
+    "export_onnx": "export",
+    "find_axes": "axes",
+    "load_recipe": "recipe",
+    "magnitude_scores": "surgery",
+    "measure": "measure",
+    "prune": "surgery",
+    "push": "hub",
+    "report_first": "methods",
+    "run_recipe": "recipe",
+    "select": "surgery",
+    "shrink": "surgery",
+    "write_card": "hub",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value  # also where a subpackage has the same name, as measure has
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_registration.register()

@@ -1,0 +1,105 @@
+"""Tells transformers about this package, without importing it.
+
+Registering needs ``transformers.quantizers.auto`` and the Auto classes, which import torch and take seconds. So that
+``import hf_compress`` stays cheap, each registration waits until the module that it registers with has been imported
+by whoever needs it, and runs right after that import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def _register_quantizer() -> None:
+    from transformers.quantizers import auto
+
+    from .hub.config import QUANT_METHOD, HfCompressConfig
+    from .hub.quantizer import HfCompressQuantizer
+
+    # assigned, not registered: transformers refuses a name that exists, which a reload of this package must not meet
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = HfCompressConfig
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = HfCompressQuantizer
+
+
+def _register_configurations() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .models import AUTO_CLASSES
+
+    for model_type, (package, config_class, _) in AUTO_CLASSES.items():
+        AutoConfig.register(model_type, _load(package, config_class), exist_ok=True)
+
+
+def _register_models() -> None:
+    if not all(_is_complete(name) for name in (_MODELING, _MODELING_AUTO)):
+        return  # one of the two imports the other; the hook of the one that finishes last does it
+    auto = sys.modules[_MODELING_AUTO]
+
+    from .models import AUTO_CLASSES
+
+    for package, config_class, model_classes in AUTO_CLASSES.values():
+        for auto_class, model_class in model_classes.items():
+            getattr(auto, auto_class).register(_load(package, config_class), _load(package, model_class), exist_ok=True)
+
+
+def _load(package: str, name: str) -> Any:
+    return getattr(import_module(package), name)
+
+
+_MODELING = "transformers.modeling_utils"
+_MODELING_AUTO = "transformers.models.auto.modeling_auto"
+_HOOKS: dict[str, Callable[[], None]] = {
+    "transformers.quantizers.auto": _register_quantizer,
+    "transformers.models.auto.configuration_auto": _register_configurations,
+    _MODELING: _register_models,
+    _MODELING_AUTO: _register_models,
+}
+
+
+def _is_complete(name: str) -> bool:
+    """Whether a module was imported to its end; imports it when nobody has begun to."""
+    if name not in sys.modules:
+        import_module(name)
+    return not getattr(sys.modules[name].__spec__, "_initializing", False) or name in _finished
+
+
+_finished: set[str] = set()
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds the modules in ``_HOOKS`` as usual, and has their hook run once they are loaded."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in _HOOKS:
+            return None
+        for finder in sys.meta_path:
+            spec = None if isinstance(finder, _AfterImport) else finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader.exec_module = partial(_load_then_register, spec.loader.exec_module)  # type: ignore[method-assign]
+                return spec
+        return None
+
+
+def _load_then_register(load: Callable[[ModuleType], None], module: ModuleType) -> None:
+    load(module)
+    _finished.add(module.__name__)
+    _HOOKS[module.__name__]()
+
+
+def register() -> None:
+    """Register now what can be, and the rest when transformers has loaded it. Calling it again changes nothing."""
+    if importlib.util.find_spec("transformers") is None:
+        return  # axes and surgery work on any nn.Module without it
+    if not any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+    for name, hook in _HOOKS.items():
+        if name in sys.modules and not getattr(sys.modules[name].__spec__, "_initializing", False):
+            hook()

@@ -1,0 +1,453 @@
+"""``find_axes``: run the model once, watch it, and turn what was seen into an :class:`~.graph.AxisGraph`."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.errors import ModelError
+
+from . import rules  # noqa: F401  (importing it fills the table of rules)
+from .algebra import (
+    Index,
+    Polynomial,
+    add_into,
+    find,
+    freeze,
+    is_fixed,
+    leaves,
+    multiply,
+    positions,
+    size_polynomial,
+    unify,
+)
+from .attributes import HEAD_COUNT_ATTRIBUTES
+from .graph import AttributeLaw, Axis, AxisGraph, Contraction, Member, SizeLaw
+from .provenance import AttributeKey, TracedInt, evaluate, traced_attributes
+from .tracing import Tracer, overlaps, tensors_in
+
+Inputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor] | None
+
+_SHAPE_ATTRIBUTES = {
+    "in_features", "out_features", "in_channels", "out_channels", "num_features", "normalized_shape",
+    "num_channels", "embedding_dim",
+}  # fmt: skip
+
+
+def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
+    """One blank image of the size that the model's configuration names.
+
+    Returns:
+        ``{"pixel_values": float [1, channels, height, width]}`` on the model's device and in its dtype.
+
+    Raises:
+        ModelError: when the model has no configuration that names an image size.
+    """
+    config = getattr(model, "config", None)
+    size: Any = None
+    channels: Any = None
+    for holder in (config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None)):
+        size = size or getattr(holder, "image_size", None) or getattr(holder, "input_size", None)
+        channels = channels or getattr(holder, "num_channels", None)
+    timm_config = getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
+    if isinstance(timm_config, Mapping) and timm_config.get("input_size"):
+        timm_channels, *timm_size = timm_config["input_size"]
+        size, channels = size or timm_size, channels or timm_channels
+    if config is None:
+        raise ModelError(
+            f"{type(model).__name__} has no config, so its input is unknown; pass example_inputs, for example "
+            "torch.zeros(1, 3, 224, 224)."
+        )
+    # convolutional configurations often name no size; any image will do for them
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:] if size else (224, 224)
+    try:
+        channels = int(channels or 3)
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
+    except StopIteration:
+        raise ModelError(f"{type(model).__name__} has no parameters, so there is nothing to shrink.") from None
+    shape = (1, channels, int(height), int(width))
+    return {"pixel_values": torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)}
+
+
+def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
+    """Find what can shrink in a model by watching one forward pass.
+
+    The pass runs in evaluation mode without gradients; the model, its buffers, its mode and the random state are left
+    as they were.
+
+    Args:
+        model: any module that runs eagerly.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, batch size 1. Built from
+            the model's configuration when not given.
+
+    Raises:
+        ModelError: when the model cannot be run on the inputs.
+
+    Warns:
+        UserWarning: once, naming every operator without a rule, whose axes stay whole.
+    """
+    if example_inputs is None:
+        example_inputs = example_inputs_for(model)
+    tracer = Tracer(model)
+    with _undisturbed(model), traced_attributes(model, tracer.watcher), torch.no_grad():
+        for tensor in tensors_in(example_inputs):
+            for dim in tracer.value(tensor).dims:
+                freeze(dim, "model input")
+        with tracer:
+            try:
+                output = run_model(model, example_inputs)
+            except Exception as error:
+                raise ModelError(
+                    f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Pass "
+                    "example_inputs that the model accepts."
+                ) from error
+    for tensor in tensors_in(_plain(output)):
+        if tracer.knows(tensor):
+            for dim in tracer.value(tensor).dims:
+                freeze(dim, "model output")
+    if tracer.without_rule:
+        met = ", ".join(f"{name} (in {path or 'the model'})" for name, path in sorted(tracer.without_rule.items()))
+        warnings.warn(f"no rule for: {met}; the axes they touch stay whole.", UserWarning, stacklevel=2)
+    return _build(model, tracer)
+
+
+def _plain(output: Any) -> Any:
+    if isinstance(output, Mapping):
+        return dict(output)
+    if hasattr(output, "__dict__") and not isinstance(output, Tensor):
+        return vars(output)
+    return output
+
+
+def run_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model with a tensor, a tuple of positional inputs or a mapping of keyword inputs."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, Tensor):
+        names = inspect.signature(model.forward).parameters
+        return model(pixel_values=inputs) if next(iter(names), "") == "pixel_values" else model(inputs)
+    return model(*inputs)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Any:
+    """Evaluation mode for the duration; modes, caches kept on modules and random states come back."""
+    modes = {module: module.training for module in model.modules()}
+    caches = [
+        (vars(module), name, dict(value) if isinstance(value, dict) else list(value))
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, (dict, list)) and not name.startswith("_")
+    ]
+    random_state, torch_state = random.getstate(), torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    # a tensor that an earlier evaluation cached on a module would hide the parameter that it was made from
+    emptied = []
+    for namespace, name, content in caches:
+        if content and isinstance(content, dict) and all(isinstance(item, Tensor) for item in content.values()):
+            emptied.append((namespace, name, content))
+            namespace[name] = {}
+    model.eval()
+    try:
+        yield
+    finally:
+        for namespace, name, content in emptied:
+            namespace[name] = content
+        for namespace, name, content in caches:
+            current = namespace.get(name)
+            if isinstance(current, dict) and not content:
+                current.clear()
+        for module, mode in modes.items():
+            module.training = mode
+        random.setstate(random_state)
+        torch.set_rng_state(torch_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state_all(cuda_state)
+
+
+# -- from the trace to the graph ----------------------------------------------------------------------------------
+
+
+class _Ties:
+    """Which attribute measures which dimensions, and which leaves must stay equal in size."""
+
+    def __init__(self, tracer: Tracer):
+        self.tracer = tracer
+        self.measured: dict[AttributeKey, list[Index]] = {}
+        self.expressions: list[tuple[TracedInt, Index, str]] = []
+        self.equal: list[tuple[Index, Index]] = []
+
+    def collect(self) -> None:
+        for value, dim, module in self.tracer.ties:
+            self._add(value, dim, module)
+        for left, right in self.tracer.watcher.equal:
+            for a, b in ((left, right), (right, left)):
+                if isinstance(a.origin, AttributeKey) and isinstance(b.origin, Index):
+                    self._add(a, b.origin, a.origin.module)
+                    break
+        for value in self.tracer.watcher.real:
+            self._mark_scale(value)
+        for key, dims in self.measured.items():
+            for dim in dims[1:]:
+                self._tie_sizes(dims[0], dim, key)
+        self._check_expressions()
+
+    def _add(self, value: TracedInt, dim: Index, module: str) -> None:
+        if isinstance(value.origin, Index):
+            unify(value.origin, dim)
+        elif isinstance(value.origin, AttributeKey):
+            self.measured.setdefault(value.origin, []).append(dim)
+        else:
+            self.expressions.append((value, dim, module))
+
+    def _mark_scale(self, value: int) -> None:
+        if not isinstance(value, TracedInt):
+            return
+        origin = value.origin
+        nodes = (
+            [origin]
+            if isinstance(origin, Index)
+            else self.measured.get(origin, [])
+            if isinstance(origin, AttributeKey)
+            else []
+        )
+        for node in nodes:
+            for leaf in leaves(node):
+                leaf.flags |= {"scale"}
+        if not isinstance(origin, (Index, AttributeKey)):
+            self._mark_scale(origin.left)
+            self._mark_scale(origin.right)
+
+    def _tie_sizes(self, a: Index, b: Index, key: AttributeKey) -> None:
+        a, b = find(a), find(b)
+        if a is b:
+            return
+        if a.form == b.form == "atom" and not a.frozen and not b.frozen:
+            self.equal.append((a, b))
+        elif is_fixed(a) or is_fixed(b):
+            for node in (a, b):
+                freeze(node, f"measured by {key.module}.{key.name} together with a fixed dimension")
+        else:
+            unify(a, b)
+
+    def size_groups(self) -> list[set[Index]]:
+        groups: list[set[Index]] = []
+        for a, b in self.equal:
+            touched = {*leaves(a), *leaves(b)}
+            joined = [group for group in groups if group & touched]
+            groups = [group for group in groups if not group & touched]
+            groups.append(touched.union(*joined))
+        for group in groups:
+            if any(leaf.frozen for leaf in group):
+                for leaf in group:
+                    freeze(leaf, "must keep the size of a fixed dimension")
+        return [group for group in groups if len(group) > 1 and not any(leaf.frozen for leaf in group)]
+
+    def _check_expressions(self) -> None:
+        """Freeze a dimension whose integer does not follow it, tested on random sizes."""
+        draw = random.Random(0)
+        for _ in range(5):
+            changed = False
+            groups = self.size_groups()
+            for value, dim, module in self.expressions:
+                if is_fixed(dim):
+                    continue
+                if not all(self._holds(value, dim, groups, draw) for _ in range(3)):
+                    freeze(dim, f"integer arithmetic in the forward pass of {module or 'the model'}")
+                    changed = True
+            if not changed:
+                return
+
+    def _holds(self, value: TracedInt, dim: Index, groups: list[set[Index]], draw: random.Random) -> bool:
+        sizes: dict[Index, int] = {}
+
+        def leaf_size(leaf: Index) -> int:
+            if leaf.frozen:
+                return leaf.size
+            for group in groups:
+                if leaf in group:
+                    leaf = min(group, key=lambda item: item.serial)
+            return sizes.setdefault(leaf, leaf.size * draw.randint(2, 97))
+
+        def size(node: Index) -> int:
+            node = find(node)
+            if node.form == "atom":
+                return leaf_size(node)
+            parts = [size(part) for part in node.parts]
+            result = 0 if node.form == "cat" else 1
+            for part in parts:
+                result = result + part if node.form == "cat" else result * part
+            return result
+
+        def attribute(key: AttributeKey, dense: int) -> int:
+            nodes = self.measured.get(key)
+            return size(nodes[0]) if nodes else dense
+
+        return evaluate(value, attribute, size) == size(dim)
+
+
+def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
+    ties = _Ties(tracer)
+    ties.collect()
+    for summed, dirty in tracer.zero_checks:
+        common = set.intersection(*(overlaps(item, summed) for item in dirty))
+        for leaf in common:
+            leaf.flags |= {"offset"}
+    groups = ties.size_groups()
+
+    members: dict[Index, list[Member]] = {}
+    fixed_reasons: dict[str, int] = {}
+    for name, value in tracer.parameters.items():
+        for dim, node in enumerate(value.dims):
+            found = positions(node)
+            if not found and node.size > 1:
+                reason = next((leaf.frozen for leaf in leaves(node) if leaf.frozen), "fixed") or "fixed"
+                fixed_reasons[reason] = fixed_reasons.get(reason, 0) + 1
+            for leaf, where in found.items():
+                members.setdefault(leaf, []).append(Member(name, dim, torch.from_numpy(where.copy())))
+
+    float_parameters = {name for name, p in model.named_parameters() if p.is_floating_point()}
+    names = _names(members, tracer.consumed, float_parameters)
+    ordered = list(names)
+    place = {leaf: i for i, leaf in enumerate(ordered)}
+    labels, dense = [names[leaf] for leaf in ordered], [leaf.size for leaf in ordered]
+
+    def law(polynomial: Polynomial) -> SizeLaw:
+        constant: dict[tuple[int, ...], float] = {}
+        for monomial, coefficient in polynomial.items():
+            key, factor = [], float(coefficient)
+            for leaf in monomial:
+                if leaf in place:
+                    key.append(place[leaf])
+                else:  # touches no parameter, so it keeps its size
+                    factor *= leaf.size
+            constant[tuple(key)] = constant.get(tuple(key), 0.0) + factor
+        return SizeLaw(labels, dense, list(constant.items()))
+
+    macs: Polynomial = {}
+    for term in tracer.costs:
+        add_into(macs, multiply([size_polynomial(dim) for dim in term.dims]), int(term.coefficient))
+    params: Polynomial = {}
+    parameter_names = {name for name, _ in model.named_parameters()}
+    for name, value in tracer.parameters.items():
+        if name in parameter_names:
+            add_into(params, multiply([size_polynomial(dim) for dim in value.dims]))
+    macs_law, params_law = law(macs), law(params)
+
+    axes: dict[str, Axis] = {}
+    scale_names = set(tracer.scales)
+    for leaf in ordered:
+        name = names[leaf]
+        found_members = tuple(members[leaf])
+        producers = tuple(
+            m for m in found_members if m.parameter in float_parameters and (m.parameter, m.dim) not in tracer.consumed
+        )
+        scales = tuple(m for m in found_members if m.parameter in scale_names and _is_whole(m, leaf, tracer))
+        axes[name] = Axis(
+            name=name,
+            size=leaf.size,
+            members=found_members,
+            producers=producers,
+            scales=scales,
+            is_exact=not leaf.flags,
+            reasons=tuple(sorted(leaf.flags)),
+            macs=macs_law({}) - macs_law({name: 0}),
+            params=params_law({}) - params_law({name: 0}),
+        )
+
+    contractions = []
+    for item in tracer.contractions:
+        inside = tuple(dict.fromkeys(names[leaf] for leaf in leaves(item.summed) if leaf in names))
+        readers = item.output.readers if item.output is not None else []
+        norm = readers[0][1] if len(readers) == 1 and readers[0][0] == "batch_norm" else None
+        if inside:
+            contractions.append(Contraction(inside, item.module, item.weight, item.dim, item.has_padding, norm))
+
+    return AxisGraph(
+        axes=axes,
+        fixed=fixed_reasons,
+        attributes=tuple(_attribute_laws(model, ties, names, law, axes)),
+        contractions=tuple(contractions),
+        sizes_tied=tuple(tuple(sorted(names[leaf] for leaf in group if leaf in names)) for group in groups),
+        parameter_dims={name: tuple(dim.size for dim in value.dims) for name, value in tracer.parameters.items()},
+        without_rule=dict(tracer.without_rule),
+        _macs=macs_law,
+        _params=params_law,
+    )
+
+
+def _is_whole(member: Member, leaf: Index, tracer: Tracer) -> bool:
+    """Whether a parameter has this axis as its one dimension."""
+    dims = tracer.parameters[member.parameter].dims
+    return len(dims) == 1 and dims[0].size == leaf.size and member.positions.shape[1] == 1
+
+
+def _names(members: dict[Index, list[Member]], consumed: set[tuple[str, int]], floats: set[str]) -> dict[Index, str]:
+    """A readable, unique and stable name for every leaf that has a producer, in model order."""
+    chosen: dict[Index, str] = {}
+    first: dict[Index, Member] = {}
+    for leaf, found in members.items():
+        producers = [m for m in found if (m.parameter, m.dim) not in consumed]
+        if any(m.parameter in floats for m in found):
+            first[leaf] = (producers or found)[0]
+    sharing: dict[tuple[str, int], int] = {}
+    for leaf, found in members.items():
+        for m in found:
+            sharing[m.parameter, m.dim] = sharing.get((m.parameter, m.dim), 0) + (leaf in first)
+    taken: set[str] = set()
+    for leaf, member in first.items():
+        path, _, last = member.parameter.rpartition(".")
+        base = path if last in ("weight", "bias") and path else member.parameter
+        name = base
+        if sharing[member.parameter, member.dim] > 1 or leaf.role in ("heads", "head_dim", "value_dim", "groups"):
+            name = f"{base}:{leaf.role or 'part'}"
+        suffix = 2
+        unique = name
+        while unique in taken:
+            unique, suffix = f"{name}{'' if ':' in name else ':'}{suffix}", suffix + 1
+        taken.add(unique)
+        chosen[leaf] = unique
+    return chosen
+
+
+def _attribute_laws(
+    model: nn.Module, ties: _Ties, names: dict[Index, str], law: Any, axes: dict[str, Axis]
+) -> list[AttributeLaw]:
+    laws: list[AttributeLaw] = []
+    seen: set[tuple[str, str]] = set()
+    modules = dict(model.named_modules())
+    for key, dims in ties.measured.items():
+        node = find(dims[0])
+        if is_fixed(node) or not any(leaf in names for leaf in leaves(node)):
+            continue
+        is_standard = type(modules[key.module]).__module__.startswith("torch.nn.")
+        if is_standard and key.name in _SHAPE_ATTRIBUTES:
+            continue  # follows from the new parameter shapes
+        laws.append(AttributeLaw(key.module, key.name, key.item, law(size_polynomial(node))))
+        seen.add((key.module, key.name))
+    # counts of heads that the forward pass infers from a shape: kept true for whoever reads them
+    for leaf, name in names.items():
+        if leaf.role != "heads":
+            continue
+        inside = {m.parameter for m in axes[name].members}
+        for path, module in modules.items():
+            prefix = f"{path}." if path else ""
+            own = {p for p in inside if p.startswith(prefix)}
+            if not own or (len(own) < len(inside) - 1 and not any(p.startswith(prefix) for p in inside)):
+                continue
+            others = [n for n, a in axes.items() if n != name and n.endswith(":heads")]
+            if any(m.parameter.startswith(prefix) for n in others for m in axes[n].members):
+                continue  # a stack of several attention layers: its attribute speaks for all of them
+            for attribute in HEAD_COUNT_ATTRIBUTES & set(vars(module)):
+                value = vars(module)[attribute]
+                if type(value) is int and value == leaf.size and (path, attribute) not in seen:
+                    laws.append(AttributeLaw(path, attribute, None, law({(leaf,): 1})))
+                    seen.add((path, attribute))
+    return laws

@@ -1,0 +1,51 @@
+"""How ``from_pretrained`` rebuilds a compressed model: the record is replayed on the meta device, then weights load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from hf_compress.surgery.skeleton import apply_record
+
+from .config import HfCompressConfig
+
+
+class HfCompressQuantizer(HfQuantizer):
+    """Makes the freshly built skeleton as small as the record says, before weights are loaded into it.
+
+    The loaded model is an ordinary one: it is not marked as quantized, so that ``Trainer``, ``half()`` and ``float()``
+    treat it like any other. Only its configuration remembers the record, for the next ``save_pretrained``.
+    """
+
+    quantization_config: HfCompressConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        apply_record(model, self.quantization_config.record)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name in ("hf_quantizer", "quantization_method"):
+            vars(model).pop(name, None)
+        vars(model)["is_quantized"] = False
+        for module in model.modules():
+            config = vars(module).get("config")
+            if config is not None:  # the base class has marked the configuration of every model inside
+                vars(config).pop("_is_quantized", None)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

@@ -1,0 +1,380 @@
+"""Labelled images for a recipe: scikit-learn's digits, a Hub data set or a local folder.
+
+Images are read as RGB, exactly as ``transformers.pipeline`` reads a file, and go through the image processor that is
+saved beside the model. A data set that fits into memory is resized once and kept as bytes; larger ones are decoded batch by
+batch. Augmentation depends on (seed, epoch, image) alone and never on a global random state, so that a resumed run sees
+the very same pixels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import DataError
+from .schema import DataSection, Recipe
+
+MEMORY_LIMIT = 2 * 1024**3  # bytes of resized images that are kept in memory; above it they are decoded batch by batch
+_IMAGE_COLUMNS = ("image", "img", "picture", "photo", "pixel_values")
+_LABEL_COLUMNS = ("label", "labels", "target", "class", "category")
+
+
+@dataclass(frozen=True)
+class RawSplit:
+    """Images that are not decoded yet, and their labels.
+
+    Attributes:
+        read: indices -> RGB images.
+        labels: int64 [n].
+    """
+
+    read: Callable[[Sequence[int]], list[Image.Image]]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, chosen: np.ndarray) -> RawSplit:
+        """The subset at the given indices."""
+        return RawSplit(lambda indices: self.read([int(chosen[i]) for i in indices]), self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Three splits, the names of the classes, and the size that images have before resizing (None where it varies)."""
+
+    train: RawSplit
+    validation: RawSplit
+    test: RawSplit
+    label_names: list[str]
+    native_size: tuple[int, int] | None
+
+    def splits(self) -> dict[str, RawSplit]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+class ImageSplit(Dataset[dict[str, Tensor]]):
+    """Batches of ``pixel_values`` float32 [n, 3, height, width] and ``labels`` int64 [n].
+
+    A data loader asks for a whole batch at once (``__getitems__``), so normalisation and augmentation are a few tensor
+    operations per batch; use :func:`as_batch` as the collator.
+    """
+
+    def __init__(self, raw: RawSplit, processor: Any, *, crop_padding: int = 0, flip: bool = False, seed: int = 0):
+        self.raw, self.processor = raw, processor
+        self.crop_padding, self.flip, self.seed = crop_padding, flip, seed
+        self.labels = torch.from_numpy(raw.labels)
+        self.epoch = 0
+        self._resized: Tensor | None = None
+        self._normalise = _normaliser(processor, raw.read(range(min(4, len(raw)))))
+        sample = self._resize([0])
+        if len(raw) * sample[0].numel() * sample.element_size() <= MEMORY_LIMIT:
+            parts = [self._resize(range(i, min(i + 512, len(raw)))) for i in range(0, len(raw), 512)]
+            self._resized = torch.cat(parts)
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the augmentation of an epoch."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        chosen = torch.as_tensor(indices)
+        pixels = self._resized[chosen] if self._resized is not None else self._resize(indices)
+        if self.crop_padding or self.flip:
+            pixels = self._augment(pixels, chosen)
+        return {"pixel_values": self._normalise(pixels), "labels": self.labels[chosen]}
+
+    def _resize(self, indices: Sequence[int]) -> Tensor:
+        images = self.raw.read(indices)
+        arguments = {} if self._normalise is _as_is else {"do_rescale": False, "do_normalize": False}
+        pixels = self.processor(images, return_tensors="pt", **arguments)["pixel_values"]
+        if pixels.ndim != 4:
+            raise DataError(f"{type(self.processor).__name__} gives {tuple(pixels.shape)}, not one image per example.")
+        return pixels
+
+    def _augment(self, pixels: Tensor, indices: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        padding, total = self.crop_padding, len(self)
+        shifts = torch.randint(0, 2 * padding + 1, (2, total), generator=generator)[:, indices]
+        flipped = (torch.rand(total, generator=generator) < 0.5)[indices]
+        _, channels, height, width = pixels.shape
+        padded = torch.nn.functional.pad(pixels, [padding] * 4)
+        columns = torch.arange(width).expand(len(indices), width)
+        if self.flip:
+            columns = torch.where(flipped[:, None], columns.flip(1), columns)
+        rows = (shifts[0][:, None] + torch.arange(height))[:, None, :, None]
+        columns = (shifts[1][:, None] + columns)[:, None, None, :]
+        batch = torch.arange(len(indices))[:, None, None, None]
+        return padded[batch, torch.arange(channels)[None, :, None, None], rows, columns]
+
+
+def as_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The collator for :class:`ImageSplit`, whose batches are complete."""
+    return batch
+
+
+def _as_is(pixels: Tensor) -> Tensor:
+    return pixels
+
+
+def _normaliser(processor: Any, images: list[Image.Image]) -> Callable[[Tensor], Tensor]:
+    """Rescaling and normalisation as a function of resized bytes; the identity where a processor works differently.
+
+    Storing bytes takes a quarter of the memory. That it gives what the processor gives is checked on some images.
+    """
+    expected = processor(images, return_tensors="pt")["pixel_values"]
+    try:
+        raw = processor(images, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
+        scale = float(processor.rescale_factor) if processor.do_rescale else 1.0
+        mean, std = torch.zeros(1), torch.ones(1)
+        if processor.do_normalize:
+            mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+        mean, std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+    except (AttributeError, TypeError, ValueError):
+        return _as_is
+
+    def normalise(pixels: Tensor) -> Tensor:
+        return (pixels * scale - mean) / std
+
+    if raw.dtype != torch.uint8 or not torch.allclose(normalise(raw), expected, atol=1e-5):  # float32 rounding
+        return _as_is
+    return normalise
+
+
+def load_data(recipe: Recipe) -> RawData:
+    """Find the images that a recipe names and divide them.
+
+    Raises:
+        DataError: when they cannot be loaded, have no labels, or a split is empty.
+    """
+    section = recipe.data
+    if section.name == "digits":
+        parts, names = {"all": _digits()}, [str(digit) for digit in range(10)]
+        chosen = {"train": "all", "validation": None, "test": None}
+    else:
+        parts, names, chosen = _from_datasets(recipe)
+    splits = _divide(section, parts, chosen)
+    for name, split in splits.items():
+        if not len(split):
+            share = f"; {name}_share or {name}_split chooses it" if name != "train" else ""
+            raise DataError(f"{recipe.where('data')}: the {name} split of {section.name} is empty{share}.")
+        if split.labels.min() < 0:
+            raise DataError(
+                f"{recipe.where('data')}: {int((split.labels < 0).sum())} of {len(split)} images of the {name} split of "
+                f"{section.name} have no label. Choose a labelled split with {name}_split."
+            )
+    probe = splits["train"].read(range(min(16, len(splits["train"]))))
+    sizes = {(image.height, image.width) for image in probe}
+    return RawData(**splits, label_names=names, native_size=sizes.pop() if len(sizes) == 1 else None)
+
+
+def _digits() -> RawSplit:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], values 0..16
+    return RawSplit(
+        lambda indices: [Image.fromarray(pixels[i]).convert("RGB") for i in indices], digits.target.astype(np.int64)
+    )
+
+
+def _divide(section: DataSection, parts: dict[str, RawSplit], chosen: dict[str, str | None]) -> dict[str, RawSplit]:
+    draw = np.random.default_rng(section.split_seed)
+    splits = {name: parts[source] for name, source in chosen.items() if source is not None}
+    for name, share in (("test", section.test_share), ("validation", section.validation_share)):
+        if name not in splits:
+            held_out = _hold_out(splits["train"].labels, share, draw)
+            rest = np.setdiff1d(np.arange(len(splits["train"])), held_out)
+            splits[name], splits["train"] = splits["train"].take(held_out), splits["train"].take(rest)
+    for name in ("train", "validation", "test"):
+        limit = getattr(section, f"{name}_limit")
+        if limit is not None and limit < len(splits[name]):
+            splits[name] = splits[name].take(np.sort(draw.permutation(len(splits[name]))[:limit]))
+    return splits
+
+
+def _hold_out(labels: np.ndarray, share: float, draw: np.random.Generator) -> np.ndarray:
+    """The same share of every class."""
+    found = []
+    for label in np.unique(labels):
+        members = draw.permutation(np.flatnonzero(labels == label))
+        found.append(members[: round(share * len(members))])
+    return np.sort(np.concatenate(found)) if found else np.zeros(0, dtype=np.int64)
+
+
+def _from_datasets(recipe: Recipe) -> tuple[dict[str, RawSplit], list[str], dict[str, str | None]]:
+    import datasets
+
+    section = recipe.data
+    where = recipe.where("data", "name")
+    place = _local_folder(recipe)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = datasets.load_dataset(str(place or section.name), section.subset)
+    except Exception as error:  # the errors of datasets, huggingface_hub and the network share no base class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{where}: {section.name!r} could not be loaded ({reason}). Possible: digits, a local folder, or a Hub id "
+            "such as zalando-datasets/fashion_mnist."
+        ) from error
+    chosen = _choose_splits(recipe, list(loaded))
+    used = sorted({name for name in chosen.values() if name})
+    for name in used:
+        if not len(loaded[name]):
+            raise DataError(f"{where}: the split {name!r} of {section.name} is empty.")
+    features = loaded[used[0]].features
+    image_column = _image_column(recipe, features, datasets)
+    label_column = _label_column(recipe, features, datasets, image_column)
+    columns = {name: loaded[name].with_format(None)[label_column] for name in used}
+    names, labels = _encode(recipe, features[label_column], columns, datasets)
+    parts = {name: RawSplit(_reader(recipe, loaded[name], name, image_column), labels[name]) for name in used}
+    return parts, names, chosen
+
+
+def _local_folder(recipe: Recipe) -> Path | None:
+    """The folder that a name means: relative to the working directory or to the recipe's file."""
+    name = recipe.data.name
+    places = [Path(name).expanduser()]
+    if recipe.folder is not None and not places[0].is_absolute():
+        places.append(recipe.folder / name)
+    for place in places:
+        if place.is_dir():
+            return place
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        tried = " and ".join(str(place.resolve()) for place in places)
+        raise DataError(f"{recipe.where('data', 'name')}: there is no folder {name!r} (looked at {tried}).")
+    return None
+
+
+def _choose_splits(recipe: Recipe, available: list[str]) -> dict[str, str | None]:
+    section = recipe.data
+    known = {
+        "train": ("train", "training"),
+        "validation": ("validation", "valid", "val", "dev"),
+        "test": ("test", "testing"),
+    }
+    chosen: dict[str, str | None] = {}
+    for name, usual in known.items():
+        wanted = getattr(section, f"{name}_split")
+        if wanted is not None and wanted not in available:
+            raise DataError(
+                f"{recipe.where('data', f'{name}_split')}: {section.name} has no split {wanted!r}. "
+                f"Possible: {', '.join(available)}."
+            )
+        chosen[name] = wanted or next((candidate for candidate in usual if candidate in available), None)
+    if chosen["train"] is None:
+        if len(available) != 1:
+            raise DataError(
+                f"{recipe.where('data')}: {section.name} has no split called train. Set data.train_split to one of: "
+                f"{', '.join(available)}."
+            )
+        chosen["train"] = available[0]
+    if chosen["test"] is None and chosen["validation"] is not None and section.validation_split is None:
+        # a public data set without test labels: its validation split is what results are reported on
+        chosen["test"], chosen["validation"] = chosen["validation"], None
+    for name in ("validation", "test"):
+        if chosen[name] is not None and chosen[name] == chosen["train"]:
+            raise DataError(
+                f"{recipe.where('data', f'{name}_split')}: {chosen[name]!r} is the training split as well. Leave "
+                f"{name}_split out to hold out {name}_share of it."
+            )
+    return chosen
+
+
+def _image_column(recipe: Recipe, features: Any, datasets: Any) -> str:
+    if recipe.data.image_column is not None:
+        if recipe.data.image_column in features:
+            return recipe.data.image_column
+        raise DataError(
+            f"{recipe.where('data', 'image_column')}: there is no column {recipe.data.image_column!r}. "
+            f"Columns: {', '.join(features)}."
+        )
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    preferred = [name for name in images if name in _IMAGE_COLUMNS] or images
+    if len(preferred) == 1:
+        return preferred[0]
+    found = f"several hold images: {', '.join(images)}" if images else f"none holds images ({', '.join(features)})"
+    raise DataError(f"{recipe.where('data')}: of the columns of {recipe.data.name}, {found}. Set data.image_column.")
+
+
+def _label_column(recipe: Recipe, features: Any, datasets: Any, image_column: str) -> str:
+    if recipe.data.label_column is not None:
+        if recipe.data.label_column in features:
+            return recipe.data.label_column
+        raise DataError(
+            f"{recipe.where('data', 'label_column')}: there is no column {recipe.data.label_column!r}. "
+            f"Columns: {', '.join(features)}."
+        )
+    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    usual = [name for name in features if name in _LABEL_COLUMNS and name != image_column]
+    preferred = [name for name in usual if name in classes] or (classes if len(classes) == 1 else []) or usual
+    if len(preferred) == 1:
+        return preferred[0]
+    found = f"several could be the labels: {', '.join(classes or usual)}" if classes or usual else "there are no labels"
+    raise DataError(
+        f"{recipe.where('data')}: {recipe.data.name}: {found}. Columns: {', '.join(features)}. Set data.label_column."
+    )
+
+
+def _encode(
+    recipe: Recipe, feature: Any, columns: dict[str, Any], datasets: Any
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Class names and, per split, int64 labels with -1 where a label is missing."""
+    values = {name: list(column) for name, column in columns.items()}
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+        code: Callable[[Any], int] = int
+    else:
+        present = sorted({value for column in values.values() for value in column if value is not None}, key=str)
+        if all(isinstance(value, (int, np.integer)) for value in present):
+            numbers = sorted(int(value) for value in present if value >= 0)
+            if numbers != list(range(len(numbers))):
+                shown = ", ".join(map(str, numbers[:5]))
+                raise DataError(
+                    f"{recipe.where('data')}: integer labels have to be 0 to {len(numbers) - 1} for {len(numbers)} "
+                    f"classes; found {shown}, ... up to {numbers[-1] if numbers else 'none'}."
+                )
+            names, code = [str(number) for number in numbers], int
+        elif all(isinstance(value, str) for value in present):
+            names = present
+            code = {name: index for index, name in enumerate(names)}.__getitem__
+        else:
+            raise DataError(
+                f"{recipe.where('data')}: labels have to be classes, integers or texts; found {type(present[0]).__name__}."
+            )
+    coded = {
+        name: np.array([-1 if value is None else code(value) for value in column], dtype=np.int64)
+        for name, column in values.items()
+    }
+    return names, coded
+
+
+def _reader(recipe: Recipe, dataset: Any, split: str, column: str) -> Callable[[Sequence[int]], list[Image.Image]]:
+    images = dataset.select_columns([column])
+
+    def read(indices: Sequence[int]) -> list[Image.Image]:
+        try:
+            found = images[[int(i) for i in indices]][column]
+            return [image.convert("RGB") for image in found]
+        except Exception as error:  # PIL raises many kinds for a damaged file
+            raise DataError(
+                f"{recipe.where('data')}: an image of the {split} split between numbers {min(indices)} and "
+                f"{max(indices)} cannot be decoded ({type(error).__name__}: {error})."
+            ) from error
+
+    return read

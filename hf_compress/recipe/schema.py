@@ -1,0 +1,475 @@
+"""What a recipe may say.
+
+A recipe is one YAML file: a model, data, training defaults and a list of stages. Every section is a pydantic model that
+refuses unknown fields; messages name the file, the line and the field, and suggest the field that was meant.
+
+Training settings are those of :class:`transformers.TrainingArguments`, by their own names and types; nothing is renamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from ..errors import RecipeError
+from .source import Source, closest, dotted, read_source
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+# Settings of TrainingArguments that a recipe says elsewhere, or that the runner needs for itself.
+_RESERVED = {
+    "output_dir": "use the recipe's `output`",
+    "seed": "use the recipe's `seed`",
+    "resume_from_checkpoint": "an interrupted run resumes by itself: start the same command again",
+    "do_train": "use a `train` stage",
+    "do_eval": "every training stage is evaluated at its end",
+    "do_predict": "use a `report` stage",
+    "push_to_hub": "use a `push` stage",
+    "hub_model_id": "use a `push` stage",
+    "hub_token": "set the environment variable HF_TOKEN",
+    "save_only_model": "it would make resuming impossible",
+    "restore_callback_states_from_checkpoint": "the runner builds the callbacks from the recipe",
+    "remove_unused_columns": "the data pipeline hands over exactly what the model takes",
+}
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=False)
+
+
+class ModelSection(Section):
+    """Which model to start from.
+
+    Attributes:
+        config: ``model_type`` and the arguments of that configuration class: a new model with random weights.
+        pretrained: a folder or a Hub id.
+        new_head: give a pretrained model a new classifier when its number of classes is not that of the data.
+    """
+
+    config: dict[str, Any] | None = None
+    pretrained: str | None = None
+    new_head: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ModelSection:
+        if (self.config is None) == (self.pretrained is None):
+            raise ValueError("give exactly one of `config` (a new model) and `pretrained` (a folder or a Hub id)")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("`config` needs a `model_type`, for example resnet, vit or convnext")
+        if self.new_head and self.config is not None:
+            raise ValueError("`new_head` is for `pretrained` models; a model built from `config` fits the data anyway")
+        return self
+
+
+class DataSection(Section):
+    """Which images to train and test on.
+
+    Attributes:
+        name: ``digits`` (in scikit-learn, no download), a Hub id, or a local folder for ``datasets.load_dataset``.
+        subset: the data set's configuration name, where it has several.
+        image_column, label_column: found by their type when not given.
+        train_split, validation_split, test_split: names of splits; found when not given.
+        validation_share: share of the training images held out when the data set has no validation split.
+        test_share: the same for the test split.
+        split_seed: what is held out depends on this alone, not on the recipe's seed.
+        train_limit, validation_limit, test_limit: use so many images (chosen by ``split_seed``) at most.
+        image_size: height and width in pixels that images are resized to; that of the model, or of the data, if not given.
+        image_mean, image_std: per channel, of values in [0, 1].
+        crop_padding: training images are shifted by up to so many pixels (zero padding, random crop).
+        horizontal_flip: half of the training images are mirrored.
+    """
+
+    name: str
+    subset: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    test_split: str | None = None
+    validation_share: Share = 0.1
+    test_share: Share = 0.2
+    split_seed: int = 0
+    train_limit: Positive | None = None
+    validation_limit: Positive | None = None
+    test_limit: Positive | None = None
+    image_size: Positive | None = None
+    image_mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
+    image_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None = None
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    horizontal_flip: bool = False
+
+
+class Training(Section):
+    """What every stage that trains may say.
+
+    Attributes:
+        epochs, steps: how long; at most one of the two, else ``training`` decides.
+        training: TrainingArguments of this stage, over the recipe's ``training``.
+        lr_milestones: shares of the stage after which the learning rate is multiplied by ``lr_decay``, as in the slimming
+            papers ([0.5, 0.75]); replaces ``lr_scheduler_type``, which has no such schedule.
+    """
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+    training: dict[str, Any] = Field(default_factory=dict)
+    lr_milestones: list[Share] | None = None
+    lr_decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both")
+        return self
+
+
+class TrainStage(Training):
+    """Ordinary training."""
+
+    stage: Literal["train"]
+
+
+class FinetuneStage(Training):
+    """Ordinary training of what is left after pruning."""
+
+    stage: Literal["finetune"]
+
+
+class NetworkSlimmingStage(Training):
+    """Training with a sparsity penalty on the axes' scales (Liu et al. 2017; Bui et al. 2021 for the others).
+
+    Attributes:
+        penalty: l1, lp, transformed_l1, mcp or scad.
+        parameters: the penalty's own constants, for example ``{p: 0.5}`` or ``{a: 1.0}``.
+        strength: weight of the penalty. Paper: lambda.
+    """
+
+    stage: Literal["network_slimming"]
+    penalty: str = "l1"
+    parameters: dict[str, float] = Field(default_factory=dict)
+    strength: Annotated[float, Field(ge=0)] = 1e-4
+
+
+class ProximalSlimmingStage(Training):
+    """Training by proximal network slimming (Bui et al. 2023).
+
+    Attributes:
+        strength: weight of the l1 norm. Paper: lambda.
+        coupling: weight of the quadratic that ties the scales to their sparse copy. Paper: beta.
+    """
+
+    stage: Literal["proximal_slimming"]
+    strength: Annotated[float, Field(ge=0)]
+    coupling: Annotated[float, Field(gt=0)]
+
+
+class PruneStage(Section):
+    """Choose what to keep and remove the rest.
+
+    Attributes:
+        macs, params: budget: a share of the dense model (below 1) or an absolute number.
+        ratio: share of indices to remove from every axis, or ``{pattern of axis names: share}``.
+        support: remove exactly what the last slimming stage set to zero.
+        scores: ``auto`` takes the scores of the last slimming stage, or weight magnitudes when there was none.
+        round_to: kept widths are multiples of this.
+        min_keep: at least so many indices stay on every axis.
+        inexact: also prune axes where removal is not exactly masking (normalisation over the axis).
+        fold_shift: carry the constant that a removed BatchNorm channel emits into the next layer's bias.
+    """
+
+    stage: Literal["prune"]
+    macs: Annotated[float, Field(gt=0)] | None = None
+    params: Annotated[float, Field(gt=0)] | None = None
+    ratio: Annotated[float, Field(ge=0, lt=1)] | dict[str, Annotated[float, Field(ge=0, lt=1)]] | None = None
+    support: bool = False
+    scores: Literal["auto", "magnitude"] = "auto"
+    round_to: Positive = 1
+    min_keep: Positive = 1
+    inexact: bool = False
+    fold_shift: bool = True
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PruneStage:
+        given = [name for name in ("macs", "params", "ratio") if getattr(self, name) is not None]
+        given += ["support"] if self.support else []
+        if len(given) != 1:
+            found = f"found {' and '.join(given)}" if given else "found none"
+            raise ValueError(f"give exactly one of `macs`, `params`, `ratio` and `support: true`; {found}")
+        if self.support and self.scores != "auto":
+            raise ValueError("`support: true` takes its zeros from the slimming stage; leave out `scores`")
+        return self
+
+
+class ExportStage(Section):
+    """Write model.onnx and compare it with the PyTorch model on test images.
+
+    Attributes:
+        tolerance: largest difference of any logit that is accepted.
+    """
+
+    stage: Literal["export"]
+    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+
+
+class ReportStage(Section):
+    """Measure dense against compressed; write metrics.json, the plots and the model card.
+
+    Attributes:
+        title: of the model card.
+        dense: which stage's model is the dense one, by name or number; if not given, the unpruned stage with the best
+            accuracy on the validation images.
+        latency_rounds: how often the two models take turns while they are timed.
+    """
+
+    stage: Literal["report"]
+    title: str | None = None
+    dense: str | int | None = None
+    latency_rounds: Positive = 15
+
+
+class PushStage(Section):
+    """Upload the finished folder to the Hub.
+
+    Attributes:
+        repo: ``user/name`` of the repository.
+    """
+
+    stage: Literal["push"]
+    repo: Annotated[str, Field(pattern=r"^[^/\s]+(/[^/\s]+)?$")]
+    private: bool = False
+
+
+Stage = Annotated[
+    TrainStage
+    | FinetuneStage
+    | NetworkSlimmingStage
+    | ProximalSlimmingStage
+    | PruneStage
+    | ExportStage
+    | ReportStage
+    | PushStage,
+    Field(discriminator="stage"),
+]
+STAGES: dict[str, type[Section]] = {
+    "train": TrainStage,
+    "network_slimming": NetworkSlimmingStage,
+    "proximal_slimming": ProximalSlimmingStage,
+    "prune": PruneStage,
+    "finetune": FinetuneStage,
+    "export": ExportStage,
+    "report": ReportStage,
+    "push": PushStage,
+}
+MODEL_STAGES = ("train", "network_slimming", "proximal_slimming", "prune", "finetune")  # those that change the model
+
+
+class Recipe(Section):
+    """One run: a model, data and the stages between them and a smaller model.
+
+    Attributes:
+        name: of the run; the default output is ``runs/<name>``.
+        description: a sentence or two for the model card.
+        seed: of weights, data order and augmentation.
+        output: folder of the result, relative to the working directory.
+        training: TrainingArguments of all training stages.
+        stages: in order.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    output: str | None = None
+    model: ModelSection
+    data: DataSection
+    training: dict[str, Any] = Field(default_factory=dict)
+    stages: Annotated[list[Stage], Field(min_length=1)]
+
+    _source: Source | None = PrivateAttr(default=None)
+
+    def where(self, *location: str | int) -> str:
+        """File, line and field of a value, for the start of a message."""
+        return self._source.where(*location) if self._source else f"field {dotted(location)}"
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the recipe's file, where it came from a file."""
+        return self._source.folder if self._source else None
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        recipe: a YAML file, its content as plain data, or a recipe.
+        overrides: ``a.b=c`` assignments; ``stages.train.epochs=2`` and ``stages.0.epochs=2`` both work.
+
+    Raises:
+        RecipeError: naming file, line and field of everything that is wrong.
+    """
+    if isinstance(recipe, Recipe):
+        source = Source(recipe._source.name if recipe._source else "recipe", recipe.model_dump(exclude_unset=True))
+        if recipe._source:
+            source.folder, source.positions = recipe._source.folder, dict(recipe._source.positions)
+    elif isinstance(recipe, Mapping):
+        source = Source("recipe", _copy(dict(recipe)))
+    else:
+        source = read_source(Path(recipe))
+    stages = source.data.get("stages")
+    if isinstance(stages, list):  # `- export` is short for `- stage: export`
+        stages[:] = [{"stage": entry} if isinstance(entry, str) else entry for entry in stages]
+    source.override(overrides)
+    try:
+        loaded = Recipe.model_validate(source.data)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_message(source, detail) for detail in error.errors())) from None
+    loaded._source = source
+    problems = [*_training_problems(loaded), *_order_problems(loaded)]
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return loaded
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+def _message(source: Source, detail: ErrorDetails) -> str:
+    location = list(detail["loc"])
+    owner: type[Section] | None = Recipe
+    if len(location) > 2 and location[0] == "stages":
+        owner = STAGES.get(str(location[2]))
+        del location[2]  # pydantic puts the stage's name after its number
+    elif len(location) > 1:
+        sections: dict[str, type[Section]] = {"model": ModelSection, "data": DataSection}
+        owner = sections.get(str(location[0]))
+    kind = detail["type"]
+    known = list(owner.model_fields) if owner else []
+    if kind == "extra_forbidden":
+        text = f"unknown field.{closest(location[-1], known)} Possible: {', '.join(known)}."
+    elif kind == "missing":
+        text = f"required, and missing.{_misspelt(source, location, known)}"
+    elif kind == "union_tag_invalid":
+        tag = detail.get("ctx", {}).get("tag")
+        text = f"there is no stage {tag!r}.{closest(tag, STAGES)} Possible: {', '.join(STAGES)}."
+    elif kind == "union_tag_not_found":
+        text = f"every entry says which stage it is, as `stage: train`. Possible: {', '.join(STAGES)}."
+    else:
+        reason = detail["msg"].removeprefix("Value error, ")
+        received = detail["input"]
+        shown = "" if isinstance(received, (dict, list)) else f" (received {received!r})"
+        text = f"{reason[:1].lower()}{reason[1:]}{shown}."
+    return f"{source.where(*location)}: {text}"
+
+
+def _misspelt(source: Source, location: list[str | int], known: list[str]) -> str:
+    holder: Any = source.data
+    for part in location[:-1]:
+        holder = holder[part]
+    extra = [str(key) for key in holder if key not in known] if isinstance(holder, dict) else []
+    near = closest(location[-1], extra)
+    return near.replace("Did you mean", "Is it").replace("?", ", misspelt?") if near else ""
+
+
+@functools.cache
+def _argument_types() -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+@functools.cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_argument_types()[name], config=ConfigDict(arbitrary_types_allowed=True))
+
+
+def _training_problems(recipe: Recipe) -> list[str]:
+    """Every training setting by name and type; ranges are TrainingArguments' own business, at the start of the run."""
+    found: list[tuple[tuple[str | int, ...], Any]] = [(("training", name), v) for name, v in recipe.training.items()]
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, Training):
+            found += [(("stages", index, "training", name), value) for name, value in stage.training.items()]
+    problems = []
+    for location, value in found:
+        name = str(location[-1])
+        if name in _RESERVED:
+            text = f"is not set here; {_RESERVED[name]}."
+        elif name not in _argument_types():
+            possible = [known for known in _argument_types() if known not in _RESERVED]
+            text = f"unknown; `training` takes the fields of transformers.TrainingArguments.{closest(name, possible)}"
+        else:
+            try:
+                _adapter(name).validate_python(value)
+                continue
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                text = f"{reason[:1].lower()}{reason[1:]} (received {value!r})."
+        problems.append(f"{recipe.where(*location)}: {text}")
+    return problems
+
+
+def _order_problems(recipe: Recipe) -> list[str]:
+    """Stages that come in an order that cannot work."""
+    problems = []
+    names = [stage.stage for stage in recipe.stages]
+    for index, stage in enumerate(recipe.stages):
+        here = recipe.where("stages", index)
+        before = names[:index]
+        finished = next((name for name in before if name not in MODEL_STAGES), None)
+        if stage.stage in MODEL_STAGES and finished:
+            problems.append(
+                f"{here}: {stage.stage} changes the model after {finished}, which would describe another model. "
+                f"Move {finished} behind the last of: {', '.join(MODEL_STAGES)}."
+            )
+        if stage.stage in ("export", "report", "push") and stage.stage in before:
+            problems.append(f"{here}: a recipe has one {stage.stage} stage.")
+        if stage.stage == "export" and "report" in before:
+            problems.append(f"{here}: report measures the exported file, so export comes before report.")
+        if isinstance(stage, PruneStage) and stage.support and _scoring_stage(recipe, index) is None:
+            problems.append(
+                f"{recipe.where('stages', index, 'support')}: needs a proximal_slimming stage before it, with no other "
+                "prune in between. Add one, or give a budget (`macs: 0.5`)."
+            )
+        if isinstance(stage, ReportStage) and stage.dense is not None:
+            problems += _dense_problems(recipe, index, stage)
+    return problems
+
+
+def _dense_problems(recipe: Recipe, index: int, stage: ReportStage) -> list[str]:
+    names: list[str] = [other.stage for other in recipe.stages]
+    pruned = names.index("prune") if "prune" in names else len(names)
+    usable = [number for number, name in enumerate(names[:pruned]) if name in MODEL_STAGES]
+    where = recipe.where("stages", index, "dense")
+    if isinstance(stage.dense, int):
+        wanted = [stage.dense] if stage.dense in usable else []
+    else:
+        wanted = [number for number in usable if names[number] == stage.dense]
+    if len(wanted) == 1:
+        return []
+    options = ", ".join(f"{number} ({names[number]})" for number in usable) or "none"
+    return [f"{where}: {stage.dense!r} is not one stage before the first prune. Possible: {options}."]
+
+
+def _scoring_stage(recipe: Recipe, index: int) -> int | None:
+    """The slimming stage whose scores a prune stage at ``index`` uses, or None for weight magnitudes."""
+    stage = recipe.stages[index]
+    for number in range(index - 1, -1, -1):
+        name = recipe.stages[number].stage
+        if name == "prune":
+            return None
+        if name == "proximal_slimming":
+            return number
+        if name == "network_slimming":
+            return None if isinstance(stage, PruneStage) and stage.support else number
+    return None

@@ -1,0 +1,426 @@
+"""The record: how a model differs from the one that its configuration class builds, as plain JSON.
+
+``{"version": 1, "shapes": {tensor: [ints]}, "attributes": {module: {name: int | [ints]}}, "biases": [modules]}``
+
+A record is read from checkpoints of unknown origin, so it is data and nothing else. Its strings are looked up among the
+tensors and modules that exist and in the closed vocabulary :data:`~hf_compress.axes.attributes.SIZE_ATTRIBUTES`; its
+numbers may only make things smaller. All of it is checked before the first tensor is allocated or attribute set.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.axes.attributes import SIZE_ATTRIBUTES
+from hf_compress.errors import ModelError, RecordError
+
+RECORD_VERSION = 1
+
+_FIELDS = ("version", "shapes", "attributes", "biases")
+_LONGEST_SHOWN = 60
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a model differs from the one that its configuration class builds.
+
+    Args:
+        shapes: name of a parameter or buffer -> its shape. Only tensors whose shape differs; every alias of a shared
+            tensor is listed.
+        attributes: module -> attribute -> its value. Only what does not follow from the shapes.
+        biases: linear layers and convolutions that were built without a bias and have one now.
+        version: of the format.
+    """
+
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    version: int = RECORD_VERSION
+
+    def __bool__(self) -> bool:
+        return bool(self.shapes or self.attributes or self.biases)
+
+    def merge(self, later: Record) -> Record:
+        """This record followed by a later one of the same model."""
+        attributes = {module: dict(values) for module, values in self.attributes.items()}
+        for module, values in later.attributes.items():
+            attributes.setdefault(module, {}).update(values)
+        biases = tuple(sorted({*self.biases, *later.biases}))
+        return Record({**self.shapes, **later.shapes}, attributes, biases)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON data."""
+        return {
+            "version": self.version,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "attributes": {
+                module: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+                for module, values in self.attributes.items()
+            },
+            "biases": list(self.biases),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Record:
+        """Read and check JSON data that may be hostile.
+
+        Raises:
+            RecordError: naming the field that is not as it must be.
+        """
+        _check_mapping("record", data)
+        version = data.get("version")
+        if type(version) is not int or version < 1:
+            _refuse("version", version, f"must be an integer from 1 to {RECORD_VERSION}")
+        if version > RECORD_VERSION:
+            raise RecordError(
+                f"record.version: the checkpoint was written in record version {version}; this hf_compress reads up to "
+                f"{RECORD_VERSION}. Upgrade hf_compress (pip install -U hf-compress)."
+            )
+        unknown = [key for key in data if key not in _FIELDS]
+        if unknown:
+            _refuse(_shown(unknown[0]), "this field", f"is not known; the fields are {', '.join(_FIELDS)}")
+        shapes = {}
+        _check_mapping("shapes", data.get("shapes", {}))
+        for name, shape in data.get("shapes", {}).items():
+            place = f"shapes[{_shown(name)}]"
+            if type(shape) is not list or not shape:
+                _refuse(place, shape, "must be a list of sizes")
+            shapes[_name(place, name)] = _sizes(place, shape)
+        attributes: dict[str, dict[str, int | Shape]] = {}
+        _check_mapping("attributes", data.get("attributes", {}))
+        for module, values in data.get("attributes", {}).items():
+            place = f"attributes[{_shown(module)}]"
+            _check_mapping(place, values)
+            attributes[_name(place, module)] = checked = {}
+            for name, value in values.items():
+                here = f"{place}[{_shown(name)}]"
+                if name not in SIZE_ATTRIBUTES:
+                    _refuse(here, "this name", "is not an attribute that holds a size")
+                checked[name] = _sizes(here, value) if type(value) is list else _size(here, value)
+        biases = data.get("biases", [])
+        if type(biases) is not list:
+            _refuse("biases", biases, "must be a list of module names")
+        names = tuple(_name(f"biases[{i}]", name) for i, name in enumerate(biases))
+        if len(set(names)) != len(names):
+            _refuse("biases", "a name", "is listed twice")
+        return cls(shapes, attributes, names, version)
+
+
+# -- checks of single values --------------------------------------------------------------------------------------
+
+
+def _shown(value: Any) -> str:
+    """A short form of a value of any origin, made without walking through it."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= _LONGEST_SHOWN else value[:_LONGEST_SHOWN] + "...")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**18:
+        return "a huge integer"
+    return repr(value) if value is None or isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
+
+
+def _refuse(place: str, value: Any, why: str) -> NoReturn:
+    said = value if value in ("this field", "this name", "a name") else f"{_shown(value)}"
+    raise RecordError(
+        f"record: {place}: {said} {why}. The quantization_config in config.json was not written by hf_compress for this "
+        "model, or was changed since; save the checkpoint again."
+    )
+
+
+def _check_mapping(place: str, value: Any) -> None:
+    if type(value) is not dict:
+        _refuse(place, value, "must be a JSON object")
+
+
+def _name(place: str, value: Any) -> str:
+    if type(value) is not str:
+        _refuse(place, value, "must be a name")
+    return value
+
+
+def _size(place: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        _refuse(place, value, "must be a positive integer")
+    return value
+
+
+def _sizes(place: str, value: list[Any]) -> Shape:
+    if not value or len(value) > 16:
+        _refuse(place, value, "must hold 1 to 16 sizes")
+    return tuple(_size(f"{place}[{i}]", item) for i, item in enumerate(value))
+
+
+# -- standard layers ----------------------------------------------------------------------------------------------
+
+
+def derived_attributes(module: nn.Module, shapes: Mapping[str, Shape], groups: int = 1) -> dict[str, int | Shape]:
+    """Attributes of a standard layer that follow from the shapes of its own tensors.
+
+    Args:
+        module: any module; what is no standard layer gives an empty result.
+        shapes: local name of a tensor ("weight") -> shape.
+        groups: number of groups of a convolution.
+    """
+    weight = shapes.get("weight")
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        found = weight or shapes.get("running_mean")
+        return {"num_features": found[0]} if found else {}
+    if weight is None:
+        return {}
+    for kind, law in _LAWS:
+        if isinstance(module, kind):
+            return law(weight, groups)
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if conv1d is not None and isinstance(module, conv1d):
+        return {"nx": weight[0], "nf": weight[1]}
+    return {}
+
+
+_Law = Callable[[Shape, int], dict[str, "int | Shape"]]
+_LAWS: tuple[tuple[type | tuple[type, ...], _Law], ...] = (
+    (nn.Linear, lambda weight, groups: {"in_features": weight[1], "out_features": weight[0]}),
+    (
+        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        lambda weight, groups: {"in_channels": weight[0], "out_channels": weight[1] * groups},
+    ),
+    (
+        nn.modules.conv._ConvNd,
+        lambda weight, groups: {"in_channels": weight[1] * groups, "out_channels": weight[0]},
+    ),
+    ((nn.LayerNorm, nn.RMSNorm), lambda weight, groups: {"normalized_shape": tuple(weight)}),
+    (nn.GroupNorm, lambda weight, groups: {"num_channels": weight[0]}),
+    (nn.Embedding, lambda weight, groups: {"num_embeddings": weight[0], "embedding_dim": weight[1]}),
+)
+
+_WITH_OPTIONAL_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def local_shapes(module: nn.Module) -> dict[str, Shape]:
+    """Local name -> shape of the tensors that a module holds itself."""
+    own = [*module._parameters.items(), *module._buffers.items()]
+    return {name: tuple(tensor.shape) for name, tensor in own if tensor is not None}
+
+
+def derived_changes(
+    module: nn.Module, old: Mapping[str, Shape], new: Mapping[str, Shape], groups: int | None = None
+) -> dict[str, int | Shape]:
+    """New values of the derived attributes of a module whose tensors go from ``old`` to ``new`` shapes.
+
+    An attribute counts as derived only where it agrees with the old shapes, so that a subclass that uses the name for
+    something else is left alone.
+    """
+    before = getattr(module, "groups", 1)
+    if type(before) is not int:
+        return {}
+    was = derived_attributes(module, old, before)
+    now = derived_attributes(module, new, before if groups is None else groups)
+    return {name: value for name, value in now.items() if _same(vars(module).get(name), was.get(name))}
+
+
+def _same(held: Any, law: Any) -> bool:
+    return list(held) == list(law) if isinstance(held, (tuple, list)) and isinstance(law, tuple) else held == law
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under every name that it has."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def replace_tensor(model: nn.Module, names: list[str], new: Tensor) -> None:
+    """Put ``new`` where a parameter or buffer is, under all of its names; class and ``requires_grad`` are kept.
+
+    A new object, not a new ``.data``: autograd remembers the shape of a parameter for as long as any graph that used it
+    lives.
+    """
+    path, _, name = names[0].rpartition(".")
+    old = getattr(model.get_submodule(path), name)
+    if isinstance(old, nn.Parameter):
+        if type(old) is nn.Parameter:
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        else:
+            new = torch.Tensor._make_subclass(type(old), new, old.requires_grad)  # type: ignore[attr-defined]
+        new.__dict__.update(old.__dict__)
+    for full in names:
+        path, _, name = full.rpartition(".")
+        setattr(model.get_submodule(path), name, new)
+
+
+def with_item_type(old: Any, value: int | Shape) -> Any:
+    """``value`` as the kind of sequence that the attribute held before."""
+    return type(old)(value) if isinstance(old, (tuple, list)) and isinstance(value, tuple) else value
+
+
+# -- applying -----------------------------------------------------------------------------------------------------
+
+
+def apply_record(model: nn.Module, record: Record) -> nn.Module:
+    """Make a freshly built model as small as the record says, in place; the values of resized tensors are undefined.
+
+    Meant for a model on the meta device, where nothing is allocated; on any other device the resized tensors are
+    allocated there, none larger than before.
+
+    Args:
+        model: what the configuration class builds.
+        record: from :meth:`Record.from_json`, or from a model that was shrunk.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RecordError: when the record does not fit the model; the model is then unchanged.
+    """
+    tensors = dict(named_tensors(model))
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    for name, shape in record.shapes.items():
+        place = f"shapes[{_shown(name)}]"
+        if name not in tensors:
+            _refuse(place, "a name", "of no parameter or buffer of this architecture")
+        dense = tuple(tensors[name].shape)
+        if len(shape) != len(dense):
+            _refuse(place, len(shape), f"dimensions were given; this tensor has {len(dense)}")
+        for dim, (size, most) in enumerate(zip(shape, dense, strict=True)):
+            if size > most:
+                _refuse(f"{place}[{dim}]", size, f"is more than the {most} that the configuration builds")
+        for other in aliases[id(tensors[name])]:
+            if record.shapes.get(other, shape) != shape:
+                _refuse(place, "a name", f"of a tensor shared with {other!r}, which has another shape")
+
+    new_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, shape in record.shapes.items():
+        for alias in aliases[id(tensors[name])]:
+            new_shapes[alias] = shape
+
+    settings = [setting for path, values in record.attributes.items() for setting in _settings(path, values, modules)]
+    given = {(id(module), name): value for module, name, value in settings}
+    for path in record.biases:
+        _check_bias(path, modules, new_shapes)
+    touched = {name.rpartition(".")[0] for name in new_shapes if new_shapes[name] != tuple(tensors[name].shape)}
+    touched |= {path for path, values in record.attributes.items() if "groups" in values or "num_groups" in values}
+    for path in touched:
+        module = modules[path]
+        old = local_shapes(module)
+        prefix = f"{path}." if path else ""
+        new = {name: new_shapes[prefix + name] for name in old}
+        _check_layer(path, module, old, new, given)
+        settings += [
+            (module, name, with_item_type(vars(module)[name], value))
+            for name, value in derived_changes(module, old, new, given.get((id(module), "groups"))).items()
+        ]
+
+    # everything fits; from here on nothing can be refused
+    for names in aliases.values():
+        tensor, shape = tensors[names[0]], new_shapes[names[0]]
+        if tuple(tensor.shape) != shape:
+            replace_tensor(model, names, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+    for path in record.biases:
+        weight = modules[path].weight
+        bias = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        modules[path].bias = nn.Parameter(bias)
+    for module, name, value in settings:
+        setattr(module, name, value)
+    return model
+
+
+def _settings(
+    path: str, values: Mapping[str, int | Shape], modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[nn.Module, str, Any]]:
+    place = f"attributes[{_shown(path)}]"
+    if path not in modules:
+        _refuse(place, "a name", "of no module of this architecture")
+    module = modules[path]
+    for name, value in values.items():
+        here = f"{place}[{_shown(name)}]"
+        if name not in SIZE_ATTRIBUTES:
+            _refuse(here, "this name", "is not an attribute that holds a size")
+        held = vars(module).get(name)
+        if type(held) is int:
+            if type(value) is not int or not 1 <= value <= held:
+                _refuse(here, value, f"must be an integer from 1 to {held}")
+        elif isinstance(held, (list, tuple)) and held and all(type(item) is int for item in held):
+            if not isinstance(value, tuple) or len(value) != len(held):
+                _refuse(here, value, f"must be a list of {len(held)} sizes")
+            for i, (item, most) in enumerate(zip(value, held, strict=True)):
+                if item > most:
+                    _refuse(f"{here}[{i}]", item, f"is more than the {most} that the configuration builds")
+            value = with_item_type(held, value)
+        else:
+            _refuse(here, "this name", "is not a size that this module holds")
+        yield module, name, value
+
+
+def _check_bias(path: str, modules: Mapping[str, nn.Module], shapes: Mapping[str, Shape]) -> None:
+    place = f"biases[{_shown(path)}]"
+    module = modules.get(path)
+    if module is None:
+        _refuse(place, "a name", "of no module of this architecture")
+    if not isinstance(module, _WITH_OPTIONAL_BIAS) or getattr(module, "transposed", False):
+        _refuse(place, "a name", "of a module that is no linear layer or convolution")
+    if module.bias is not None:
+        _refuse(place, "a name", "of a layer that has a bias already")
+
+
+def _check_layer(
+    path: str,
+    module: nn.Module,
+    old: Mapping[str, Shape],
+    new: Mapping[str, Shape],
+    given: Mapping[tuple[int, str], Any],
+) -> None:
+    """The tensors of one standard layer must agree with each other."""
+    # a bias, or a norm's statistic, that had the length of the weight's first dimension keeps it
+    weight = old.get("weight")
+    if weight is None or not derived_attributes(module, old):
+        return
+    out = 1 if isinstance(module, _WITH_OPTIONAL_BIAS) and getattr(module, "transposed", False) else 0
+    factor = given.get((id(module), "groups"), getattr(module, "groups", 1)) if out else 1
+    for name, shape in new.items():
+        if name != "weight" and len(old[name]) == 1 and shape[0] != new["weight"][out] * factor:
+            if old[name][0] == weight[out] * (getattr(module, "groups", 1) if out else 1):
+                place = f"shapes[{_shown(f'{path}.{name}' if path else name)}]"
+                _refuse(place, shape[0], f"does not agree with the layer's weight, which has {new['weight'][out]}")
+    for name, whole in (("groups", new["weight"][0]), ("num_groups", new["weight"][0])):
+        count = given.get((id(module), name), vars(module).get(name))
+        if (
+            type(count) is int
+            and count > 0
+            and whole % count
+            and isinstance(module, (*_WITH_OPTIONAL_BIAS, nn.GroupNorm))
+        ):
+            place = f"attributes[{_shown(path)}][{name!r}]"
+            _refuse(place, count, f"groups do not divide the layer's {whole} channels")
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """The record that a model carries, or None for one that is as its configuration class builds it.
+
+    Raises:
+        RecordError: when its configuration holds a malformed record.
+        ModelError: when its configuration says that another library quantized it.
+    """
+    own = vars(model).get("hf_compress_record")
+    if own is not None:
+        return own
+    held = getattr(getattr(model, "config", None), "quantization_config", None)
+    if held is None:
+        return None
+    if isinstance(held, dict):
+        if held.get("quant_method") == "hf_compress":
+            return Record.from_json(held.get("record", {}))
+    elif getattr(held, "quant_method", None) == "hf_compress":
+        return held.record
+    raise ModelError(
+        f"{type(model).__name__} was quantized by another method ({getattr(held, 'quant_method', type(held).__name__)}), "
+        "whose weights cannot be cut. Load the model without quantization, shrink it, then quantize."
+    )

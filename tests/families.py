@@ -1,0 +1,168 @@
+"""The model families that every contract is tested on. One entry adds an architecture.
+
+Each builder returns a small random model (float32, evaluation mode) and an input of batch size 2. Parameters and
+BatchNorm statistics are perturbed, so that no shift, scale or statistic is trivially zero or one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+Built = tuple[nn.Module, Tensor]
+
+
+def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every float parameter and statistic a generic value."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+            if name.endswith("running_var"):
+                tensor.add_(noise.abs() * 0.3)
+            else:
+                tensor.add_(noise * 0.1)
+    return model.eval()
+
+
+def images(size: int, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def _classifier(config: transformers.PretrainedConfig, size: int = 32) -> Callable[[], Built]:
+    def build() -> Built:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForImageClassification.from_config(config)
+        return perturb(model), images(size)
+
+    return build
+
+
+def _timm(architecture: str, size: int, **arguments: object) -> Callable[[], Built]:
+    def build() -> Built:
+        torch.manual_seed(0)
+        config = transformers.TimmWrapperConfig(
+            architecture=architecture, num_labels=7, model_args=arguments, do_pooling=True
+        )
+        model = transformers.TimmWrapperForImageClassification(config)
+        return perturb(model), images(size)
+
+    return build
+
+
+class PlainCnn(nn.Module):
+    """VGG-like: convolution, BatchNorm, pooling, a linear head after flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(12, 16, 3, bias=False), nn.BatchNorm2d(16), nn.SiLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(16 * 6 * 6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).flatten(1))
+
+
+class PlainDense(nn.Module):
+    """Dense connections: every layer reads the concatenation of all before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(8 + 6 * i), nn.ReLU(), nn.Conv2d(8 + 6 * i, 6, 3, padding=1)) for i in range(3)
+        )
+        self.head = nn.Linear(26, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], dim=1)
+        return self.head(torch.relu(x).mean((2, 3)))
+
+
+class PlainPreActivation(nn.Module):
+    """Pre-activation residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=1, bias=False),
+                nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1, bias=False),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        self.norm = nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(torch.relu(self.norm(x)).mean((2, 3)))
+
+
+def _plain(kind: type[nn.Module], size: int) -> Callable[[], Built]:
+    def build() -> Built:
+        torch.manual_seed(0)
+        return perturb(kind()), images(size)
+
+    return build
+
+
+_LABELS = {"num_labels": 7}
+
+FAMILIES: dict[str, Callable[[], Built]] = {
+    "resnet_basic": _classifier(
+        transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[2, 1], layer_type="basic", **_LABELS
+        )
+    ),
+    "resnet_bottleneck": _classifier(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], **_LABELS)
+    ),
+    "mobilenet_v2": _classifier(
+        transformers.MobileNetV2Config(image_size=32, depth_multiplier=0.25, min_depth=4, depth_divisible_by=4, **_LABELS),
+    ),
+    "regnet_x": _classifier(
+        transformers.RegNetConfig(
+            embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], groups_width=8, layer_type="x", **_LABELS
+        )
+    ),
+    "regnet_y": _classifier(
+        transformers.RegNetConfig(
+            embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], groups_width=8, layer_type="y", **_LABELS
+        )
+    ),
+    "vit": _classifier(
+        transformers.ViTConfig(
+            hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, image_size=32,
+            patch_size=8, **_LABELS,
+        )
+    ),
+    "convnext": _classifier(
+        transformers.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], image_size=32, **_LABELS)
+    ),
+    "swin": _classifier(
+        transformers.SwinConfig(
+            image_size=32, patch_size=2, embed_dim=12, depths=[2, 1], num_heads=[2, 3], window_size=4, **_LABELS
+        )
+    ),
+    "timm_resnet": _timm("resnet18", 32, channels=[8, 8, 16, 16], stem_width=8),
+    "timm_vit": _timm(
+        "vit_tiny_patch16_224", 32, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3
+    ),
+    "timm_densenet": _timm("densenet121", 32, growth_rate=4, block_config=(2, 2)),
+    "plain_cnn": _plain(PlainCnn, 16),
+    "plain_dense": _plain(PlainDense, 12),
+    "plain_preactivation": _plain(PlainPreActivation, 12),
+}  # fmt: skip
