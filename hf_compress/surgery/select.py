@@ -252,13 +252,14 @@ def _removal_order(units: list[_Unit], floors: np.ndarray) -> np.ndarray:
 def _fill(units: list[_Unit], counts: np.ndarray, round_to: int, within: Callable[[np.ndarray], bool]) -> None:
     """Give back the best removed indices that still fit, in place."""
 
-    def entry(place: int) -> tuple[float, int]:
-        return -float(units[place].scores[counts[place]]), place
+    def entry(place: int) -> tuple[float, float, int]:
+        # of equal scores the axis that lost most is served first, so all axes shrink alike
+        return -float(units[place].scores[counts[place]]), counts[place] / units[place].size, place
 
     heap = [entry(place) for place, unit in enumerate(units) if counts[place] < unit.size]
     heapq.heapify(heap)
     while heap:
-        _, place = heapq.heappop(heap)
+        *_, place = heapq.heappop(heap)
         before = int(counts[place])
         counts[place] = min(before + round_to - before % round_to, units[place].size)
         if not within(counts):

@@ -24,6 +24,7 @@ RECORD_VERSION = 1
 
 _FIELDS = ("version", "shapes", "attributes", "biases")
 _LONGEST_SHOWN = 60
+_MOST_ENTRIES = 100_000  # of one field; the largest models of transformers have a few thousand tensors
 
 Shape = tuple[int, ...]
 
@@ -108,6 +109,8 @@ class Record:
         biases = data.get("biases", [])
         if type(biases) is not list:
             _refuse("biases", biases, "must be a list of module names")
+        if len(biases) > _MOST_ENTRIES:
+            _refuse("biases", len(biases), f"entries are more than the {_MOST_ENTRIES} that any model needs")
         names = tuple(_name(f"biases[{i}]", name) for i, name in enumerate(biases))
         if len(set(names)) != len(names):
             _refuse("biases", "a name", "is listed twice")
@@ -137,6 +140,8 @@ def _refuse(place: str, value: Any, why: str) -> NoReturn:
 def _check_mapping(place: str, value: Any) -> None:
     if type(value) is not dict:
         _refuse(place, value, "must be a JSON object")
+    if len(value) > _MOST_ENTRIES:
+        _refuse(place, len(value), f"entries are more than the {_MOST_ENTRIES} that any model needs")
 
 
 def _name(place: str, value: Any) -> str:
@@ -319,6 +324,9 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
             for name, value in derived_changes(module, old, new, given.get((id(module), "groups"))).items()
         ]
 
+    for path in record.attributes:
+        _check_derived(path, modules[path], new_shapes, given)
+
     # everything fits; from here on nothing can be refused
     for names in aliases.values():
         tensor, shape = tensors[names[0]], new_shapes[names[0]]
@@ -400,6 +408,19 @@ def _check_layer(
         ):
             place = f"attributes[{_shown(path)}][{name!r}]"
             _refuse(place, count, f"groups do not divide the layer's {whole} channels")
+
+
+def _check_derived(
+    path: str, module: nn.Module, shapes: Mapping[str, Shape], given: Mapping[tuple[int, str], Any]
+) -> None:
+    """An attribute that follows from the shapes of a standard layer must be what follows."""
+    prefix = f"{path}." if path else ""
+    own = {name: shapes[prefix + name] for name in local_shapes(module)}
+    groups = given.get((id(module), "groups"), getattr(module, "groups", 1))
+    for name, law in derived_attributes(module, own, groups if type(groups) is int else 1).items():
+        value = given.get((id(module), name))
+        if value is not None and not _same(value, law):
+            _refuse(f"attributes[{_shown(path)}][{name!r}]", value, f"does not agree with the layer's tensors ({law})")
 
 
 def record_of(model: nn.Module) -> Record | None:

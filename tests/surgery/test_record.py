@@ -1,0 +1,270 @@
+"""The record of a checkpoint is hostile until proven otherwise: whatever it says, the answer is quick, small and clear."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from torch import nn
+
+import hf_compress
+from hf_compress.axes.attributes import SIZE_ATTRIBUTES
+from hf_compress.errors import HfCompressError, RecordError
+from hf_compress.surgery import Record, apply_record, record_of
+
+SECONDS, MEGABYTES = 1.0, 100
+
+
+@pytest.fixture(scope="module", params=["vit", "regnet_y"])
+def honest(request: pytest.FixtureRequest) -> tuple[transformers.PretrainedConfig, type, dict[str, Any]]:
+    """A configuration, its model class, and the record of a pruned model of it, which names shapes and attributes."""
+    model, x = FAMILIES[request.param]()
+    config = copy.deepcopy(model.config)
+    hf_compress.prune(model, ratio=0.5, example_inputs=x[:1])
+    record = record_of(model).to_json()
+    assert record["shapes"] and record["attributes"]
+    return config, type(model), record
+
+
+def skeleton(config: transformers.PretrainedConfig, kind: type) -> nn.Module:
+    with torch.device("meta"):
+        return kind(config)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that a record could have touched."""
+    found: dict[str, Any] = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                found[f"{path}:{name}"] = repr(value)
+    return found
+
+
+def try_record(config: transformers.PretrainedConfig, kind: type, data: Any) -> str:
+    """Read and apply a record; returns the error's text, or nothing when it was accepted."""
+    model = skeleton(config, kind)
+    before = state_of(model)
+    tracemalloc.start()
+    started = time.perf_counter()
+    try:
+        apply_record(model, Record.from_json(data))
+        message = ""
+    except RecordError as error:
+        message = str(error)
+        assert len(message) < 1000 and message.startswith("record")
+    finally:
+        elapsed, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert elapsed < SECONDS and peak < MEGABYTES * 1e6
+    after = state_of(model)
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    if message:
+        assert not changed, "a refused record must leave the model as it was"
+    for key in changed:  # what an accepted record changed is a tensor, or an attribute that holds a size
+        path, _, attribute = key.partition(":")
+        assert not attribute or attribute in SIZE_ATTRIBUTES, key
+        if not attribute and path in before:
+            assert all(new <= old for new, old in zip(after[path], before[path], strict=True))
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]), "memory was taken"
+    return message
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def _set(*path: str) -> Callable[[dict[str, Any], Any], None]:
+    def change(record: dict[str, Any], value: Any) -> None:
+        holder = record
+        for key in path[:-1]:
+            holder = holder[_first(holder) if key == "*" else key]
+        holder[_first(holder) if path[-1] == "*" else path[-1]] = value
+
+    return change
+
+
+def _first(holder: dict[str, Any]) -> str:
+    return next(iter(holder))
+
+
+BAD_VALUES = [-1, 0, 10**30, 2**63, 1.5, True, None, "8", "", {}, [[]], float("nan"), float("inf"), [], nested(200)]
+PLACES = {
+    "version": _set("version"),
+    "a field": _set("shapes"),
+    "a shape": _set("shapes", "*"),
+    "attributes": _set("attributes"),
+    "a module's attributes": _set("attributes", "*"),
+    "an attribute": _set("attributes", "*", "*"),
+    "biases": _set("biases"),
+}
+
+
+@pytest.mark.parametrize("value", BAD_VALUES, ids=lambda value: repr(value)[:12])
+@pytest.mark.parametrize("place", PLACES)
+def test_wrong_values_are_refused(honest: Any, place: str, value: Any) -> None:
+    config, kind, record = honest
+    record = copy.deepcopy(record)
+    PLACES[place](record, value)
+    # a field that says nothing is a smaller record: its tensors will not fit the checkpoint, which loading reports
+    says_nothing = [] if place == "biases" else {}
+    if place in ("version", "a shape", "an attribute") or value != says_nothing:
+        assert try_record(config, kind, record)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc/passwd", "", ".", "..", "classifier", "a" * 10**6, "__class__", "vit.__dict__", "x\x00y", "os.system"],
+    ids=lambda name: repr(name)[:16],
+)
+@pytest.mark.parametrize("place", ["shapes", "attributes", "biases"])
+def test_unknown_names_are_refused(honest: Any, place: str, name: str) -> None:
+    config, kind, record = honest
+    record = copy.deepcopy(record)
+    if place == "biases":
+        record["biases"].append(name)
+    else:
+        record[place][name] = [4] if place == "shapes" else {"out_features": 4}
+    assert try_record(config, kind, record)
+
+
+@pytest.mark.parametrize("name", ["forward", "training", "__class__", "_parameters", "weight", "config", "eps", "bias"])
+def test_attributes_outside_the_vocabulary_are_refused(honest: Any, name: str) -> None:
+    config, kind, record = honest
+    record = copy.deepcopy(record)
+    path = next(path for path, _ in skeleton(config, kind).named_modules() if path)
+    record["attributes"].setdefault(path, {})[name] = 1
+    assert "not an attribute that holds a size" in try_record(config, kind, record)
+
+
+def test_larger_than_dense_is_refused(honest: Any) -> None:
+    config, kind, record = honest
+    dense = {name: list(tensor.shape) for name, tensor in skeleton(config, kind).named_parameters()}
+    for name in record["shapes"]:
+        if name in dense:
+            changed = copy.deepcopy(record)
+            changed["shapes"][name] = [dense[name][0] + 1, *dense[name][1:]]
+            assert "more than" in try_record(config, kind, changed)
+
+
+def test_tensors_of_one_layer_must_agree(honest: Any) -> None:
+    config, kind, record = honest
+    name = next(n for n in record["shapes"] if n.endswith(".bias") and n[:-4] + "weight" in record["shapes"])
+    record = copy.deepcopy(record)
+    record["shapes"][name] = [max(1, record["shapes"][name][0] - 1)]
+    assert "does not agree" in try_record(config, kind, record)
+
+
+def test_unknown_fields_newer_versions_and_floods_are_refused(honest: Any) -> None:
+    config, kind, record = honest
+    assert "not known" in try_record(config, kind, {**record, "code": "import os"})
+    assert "Upgrade" in try_record(config, kind, {**record, "version": 2})
+    assert "more than" in try_record(config, kind, {**record, "shapes": {str(i): [1] for i in range(150_000)}})
+    assert "more than" in try_record(config, kind, {**record, "biases": [str(i) for i in range(150_000)]})
+
+
+def test_random_mutations_end_well(honest: Any) -> None:
+    """Any change anywhere: refused, or accepted as some other record that only makes sizes smaller."""
+    config, kind, record = honest
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        changed = copy.deepcopy(record)
+        for _ in range(draw.randint(1, 3)):
+            _mutate(changed, draw)
+        refused += bool(try_record(config, kind, changed))
+    assert refused > 75  # the mutations are such that most cannot be right
+
+
+def _mutate(record: dict[str, Any], draw: random.Random) -> None:
+    holder: Any = record
+    while True:
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        if not keys:
+            return
+        key = draw.choice(keys)
+        if isinstance(holder[key], (dict, list)) and draw.random() < 0.8:
+            holder = holder[key]
+            continue
+        value = draw.choice([*BAD_VALUES, 1, 3, [1, 2, 3], {"weight": 1}, "classifier"])
+        if isinstance(holder, dict) and draw.random() < 0.3:
+            holder[draw.choice(["../x", "weight", "forward", key * 2, key.upper()])] = holder.pop(key)
+        else:
+            holder[key] = value
+        return
+
+
+# -- through the front door ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, x = FAMILIES["resnet_basic"]()
+    hf_compress.prune(model, macs=0.7, example_inputs=x[:1])
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(record=None), None),
+        (lambda q: q.update(record=[]), "record"),
+        (lambda q: q.update(code="import os"), "'code' is not known"),
+        (lambda q: q["record"].update(version=7), "Upgrade hf_compress"),
+        (lambda q: q["record"]["shapes"].update({"no.such.weight": [4]}), "no parameter or buffer"),
+        (
+            lambda q: q["record"]["shapes"].update({_first(q["record"]["shapes"]): nested(200)}),
+            "positive integer|1 to 16",
+        ),
+        (lambda q: q["record"]["attributes"].update({"resnet": {"forward": 1}}), "not an attribute that holds a size"),
+    ],
+)
+def test_from_pretrained_says_what_is_wrong(checkpoint: Path, tmp_path: Path, change: Any, message: str | None) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    started = time.perf_counter()
+    # without a record the skeleton is dense, and the stock loader says which tensors do not fit
+    expected = (HfCompressError, message) if message else (RuntimeError, "mismatch")
+    with pytest.raises(expected[0], match=expected[1]):
+        transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert time.perf_counter() - started < 5  # of which the model itself takes most
+
+
+def test_duplicate_keys_cannot_smuggle(checkpoint: Path, tmp_path: Path) -> None:
+    """JSON's last value counts, and it is the one that is checked."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = (tmp_path / "config.json").read_text()
+    assert text.count('"version": 1') == 1
+    (tmp_path / "config.json").write_text(text.replace('"version": 1', '"version": 1, "version": -5'))
+    with pytest.raises(RecordError, match="version"):
+        transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+def test_nesting_too_deep_for_json_is_refused_by_the_reader(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers reads config.json before anybody is asked; its reader gives up on such depth by itself."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = (tmp_path / "config.json").read_text()
+    deep = "[" * 100_000 + "]" * 100_000
+    (tmp_path / "config.json").write_text(text.replace('"version": 1', f'"version": {deep}'))
+    with pytest.raises((RecursionError, OSError, RecordError)):
+        transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
