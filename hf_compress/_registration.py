@@ -17,6 +17,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from .models import AUTO_CLASSES
+
 
 def _register_quantizer() -> None:
     from transformers.quantizers import auto
@@ -32,8 +34,6 @@ def _register_quantizer() -> None:
 def _register_configurations() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from .models import AUTO_CLASSES
-
     for model_type, (package, config_class, _) in AUTO_CLASSES.items():
         AutoConfig.register(model_type, _load(package, config_class), exist_ok=True)
 
@@ -41,9 +41,9 @@ def _register_configurations() -> None:
 def _register_models() -> None:
     if not all(_is_complete(name) for name in (_MODELING, _MODELING_AUTO)):
         return  # one of the two imports the other; the hook of the one that finishes last does it
+    if any(name in sys.modules and not _is_complete(name) for name in _OWN_MODELING):
+        return  # one of these brought transformers in and has no classes yet; its own hook comes when it is done
     auto = sys.modules[_MODELING_AUTO]
-
-    from .models import AUTO_CLASSES
 
     for package, config_class, model_classes in AUTO_CLASSES.values():
         for auto_class, model_class in model_classes.items():
@@ -56,11 +56,16 @@ def _load(package: str, name: str) -> Any:
 
 _MODELING = "transformers.modeling_utils"
 _MODELING_AUTO = "transformers.models.auto.modeling_auto"
+_OWN_MODELING = (
+    f"{__package__}.models.slimming",
+    *(f"{package}.modeling_{package.rpartition('.')[2]}" for package, _, _ in AUTO_CLASSES.values()),
+)
 _HOOKS: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _register_quantizer,
     "transformers.models.auto.configuration_auto": _register_configurations,
     _MODELING: _register_models,
     _MODELING_AUTO: _register_models,
+    **dict.fromkeys(_OWN_MODELING, _register_models),
 }
 
 

@@ -1,1 +1,46 @@
-AUTO_CLASSES: dict = {}
+"""Networks of the papers, as ordinary transformers models. Importing this package imports nothing else."""
+
+from collections.abc import Callable, Collection
+from importlib import import_module
+from typing import Any
+
+AUTO_CLASSES: dict[str, tuple[str, str, dict[str, str]]] = {
+    "slimming_vgg": (
+        "hf_compress.models.slimming_vgg",
+        "VggConfig",
+        {"AutoModel": "VggModel", "AutoModelForImageClassification": "VggForImageClassification"},
+    ),
+    "slimming_densenet": (
+        "hf_compress.models.slimming_densenet",
+        "DenseNetConfig",
+        {"AutoModel": "DenseNetModel", "AutoModelForImageClassification": "DenseNetForImageClassification"},
+    ),
+    "slimming_preact_resnet": (
+        "hf_compress.models.slimming_preact_resnet",
+        "PreActResNetConfig",
+        {"AutoModel": "PreActResNetModel", "AutoModelForImageClassification": "PreActResNetForImageClassification"},
+    ),
+}
+"""``model_type`` -> (package, configuration class, {Auto class: model class}): what transformers' Auto classes learn."""
+
+
+def lazy_names(package: str, names: Collection[str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a model's package, so that its configuration can be had without loading torch.
+
+    Args:
+        package: ``__name__`` of a package that holds ``configuration_<model>`` and ``modeling_<model>``.
+        names: the public names of both.
+    """
+    model = package.rpartition(".")[2]
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if name.endswith("Config"):
+            return getattr(import_module(f"{package}.configuration_{model}"), name)
+        # The Auto classes load every model of this package as soon as they are there, so they have to come first:
+        # a modeling module that imports them indirectly would be asked for its classes before it has any.
+        import_module("transformers.models.auto.modeling_auto")
+        return getattr(import_module(f"{package}.modeling_{model}"), name)
+
+    return __getattr__
