@@ -20,7 +20,7 @@ _HOMES = {
     "L1": "methods",
     "Lp": "methods",
     "MCP": "methods",
-    "Measurement": "measure",
+    "Measurement": "measurement",
     "NetworkSlimmingCallback": "methods",
     "ProximalSlimmingCallback": "methods",
     "RunResult": "recipe",
@@ -30,7 +30,7 @@ _HOMES = {
     "find_axes": "axes",
     "load_recipe": "recipe",
     "magnitude_scores": "surgery",
-    "measure": "measure",
+    "measure": "measurement",
     "prune": "surgery",
     "push": "hub",
     "report_first": "methods",
@@ -46,7 +46,7 @@ __all__ = sorted([*_HOMES, "__version__"])
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-        globals()[name] = value  # also where a subpackage has the same name, as measure has
+        globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

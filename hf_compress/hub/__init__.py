@@ -8,7 +8,7 @@ _HOMES = {
     "HfCompressQuantizer": "quantizer",
     "CardContent": "card",
     "write_card": "card",
-    "push": "push",
+    "push": "upload",
 }
 
 __all__ = ["CardContent", "HfCompressConfig", "HfCompressQuantizer", "push", "write_card"]

@@ -1,0 +1,252 @@
+"""The model card: a README.md with metadata that the Hub reads and a page that people read.
+
+What a card says was measured by the run that writes it; what was not measured is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from ..errors import HubError
+
+_TASK = "image-classification"
+_FIGURES = (  # key in metrics.json, row of the table, whether the value takes k, M, G, unit
+    ("params", "Parameters", True, ""),
+    ("macs", "MACs, one image", True, ""),
+    ("bytes", "Weights", True, "B"),
+    ("latency_ms", "PyTorch", False, "ms"),
+    ("onnx_latency_ms", "ONNX Runtime", False, "ms"),
+)
+_PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+_SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line of a narrow table
+
+
+@dataclass(frozen=True)
+class CardContent:
+    """Everything that a model card says. None and empty values are left out of the card.
+
+    Attributes:
+        title: heading, and the model's name in the metadata.
+        dense, compressed: measured values by the keys of metrics.json: ``accuracy`` (share, 0 to 1), ``params``, ``macs``,
+            ``bytes``, ``latency_ms``, ``onnx_latency_ms``.
+        dataset_name: for readers.
+        dataset_id: the Hub's id, or the name of a data set that is elsewhere.
+        dataset_split: on which the accuracy was measured.
+        dataset_is_on_hub: whether ``dataset_id`` may be linked from the metadata.
+        description: a sentence or two about this model.
+        architecture: class or family of the model.
+        stages: what was done, in order, for example ``("train", "network_slimming", "prune", "finetune")``.
+        base_model: Hub id of the model that the run started from.
+        license: identifier that the Hub knows, for example ``apache-2.0``.
+        reload_max_abs_diff: largest difference of any logit after ``from_pretrained`` in a new process.
+        onnx_max_abs_diff: largest difference of any logit between ONNX Runtime and PyTorch.
+        plots: file name of a picture in the card's folder -> what it shows.
+        recipe: the recipe as YAML.
+        machine: what the times were measured on, see :func:`hf_compress.measurement.describe_machine`.
+        latency_rounds: number of rounds whose median a latency is.
+        repo_id: where the model will be, for the example of use.
+        tags: more tags.
+    """
+
+    title: str
+    dense: Mapping[str, float | None]
+    compressed: Mapping[str, float | None]
+    dataset_name: str
+    dataset_id: str
+    dataset_split: str = "test"
+    dataset_is_on_hub: bool = False
+    description: str = ""
+    architecture: str = ""
+    stages: Sequence[str] = ()
+    base_model: str | None = None
+    license: str | None = None
+    reload_max_abs_diff: float | None = None
+    onnx_max_abs_diff: float | None = None
+    plots: Mapping[str, str] = field(default_factory=dict)
+    recipe: str = ""
+    machine: str = ""
+    latency_rounds: int | None = None
+    repo_id: str | None = None
+    tags: Sequence[str] = ()
+
+
+def write_card(folder: str | Path, card: CardContent) -> Path:
+    """Write README.md into a model's folder.
+
+    Args:
+        folder: where the model and the pictures are.
+        card: what to say.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        HubError: when a picture is not directly in the folder, where `push` finds it.
+    """
+    folder = Path(folder)
+    missing = [path for path in card.plots if Path(path).name != path or not (folder / path).is_file()]
+    if missing:
+        raise HubError(
+            f"the card shows {', '.join(missing)}, which {folder} does not hold. Draw the pictures first, directly into "
+            "that folder, and give their file names."
+        )
+    from huggingface_hub import ModelCard
+
+    path, partial = folder / "README.md", folder / ".README.md.partial"
+    text = f"---\n{_metadata(card)}\n---\n\n{_body(card)}"
+    ModelCard(text)  # parses the metadata again, and raises where the Hub would
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _metadata(card: CardContent) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    accuracy = card.compressed.get("accuracy")
+    results = None
+    if accuracy is not None:
+        results = [
+            EvalResult(
+                task_type=_TASK,
+                task_name="Image Classification",
+                dataset_type=card.dataset_id,
+                dataset_name=card.dataset_name,
+                dataset_split=card.dataset_split,
+                metric_type="accuracy",
+                metric_name="Accuracy",
+                metric_value=round(float(accuracy), 6),
+            )
+        ]
+    methods = [stage.replace("_", "-") for stage in card.stages if stage.endswith("_slimming")]
+    data = ModelCardData(
+        model_name=card.title,
+        base_model=card.base_model,
+        datasets=[card.dataset_id] if card.dataset_is_on_hub else None,
+        eval_results=results,
+        library_name="transformers",
+        license=card.license,
+        metrics=["accuracy"] if results else None,
+        pipeline_tag=_TASK,
+        tags=["hf_compress", "pruning", "model-compression", *methods, *card.tags],
+    )
+    return data.to_yaml().strip()
+
+
+def _body(card: CardContent) -> str:
+    parts = [f"# {_plain(card.title)}", _introduction(card), _table(card)]
+    parts += [f"![{_plain(caption)}]({quote(path)})\n\n*{_plain(caption)}*" for path, caption in card.plots.items()]
+    parts += [_usage(card), _checks(card), _measuring(card), _recipe(card)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _introduction(card: CardContent) -> str:
+    dense, compressed = card.dense, card.compressed
+    kind = f"{_plain(card.architecture)} image classifier" if card.architecture else "An image classifier"
+    shares = []
+    for key, name in (("macs", "multiply-accumulates"), ("params", "parameters")):
+        whole, left = dense.get(key), compressed.get(key)
+        if whole and left is not None:
+            shares.append(f"{100 * left / whole:.0f} % of the {name}")
+    sentence = f"{kind}, made smaller with `hf_compress`"
+    sentence += f": it has {' and '.join(shares)} of the dense model." if shares else "."
+    lines = [sentence]
+    if card.stages:
+        lines.append("Stages: " + " → ".join(stage.replace("_", " ") for stage in card.stages) + ".")
+    return "\n\n".join([_plain(card.description), " ".join(lines)]).strip()
+
+
+def _table(card: CardContent) -> str:
+    rows: list[tuple[str, ...]] = []
+    dense, compressed = card.dense.get("accuracy"), card.compressed.get("accuracy")
+    if dense is not None and compressed is not None:
+        rows.append(
+            (
+                "Accuracy",
+                f"{100 * dense:.2f}{_SPACE}%",
+                f"{100 * compressed:.2f}{_SPACE}%",
+                f"{100 * (compressed - dense):+.2f}{_SPACE}pt",
+            )
+        )
+    for key, name, is_scaled, unit in _FIGURES:
+        dense, compressed = card.dense.get(key), card.compressed.get(key)
+        if dense is not None and compressed is not None:
+            ratio = f"{compressed / dense:.2f}" if dense else ""
+            prefix = next((p for p in "GMk" if is_scaled and dense >= _PREFIXES[p]), "")
+            divisor = _PREFIXES[prefix]
+            shown = [f"{value / divisor:#.3g}".rstrip(".") for value in (dense, compressed)]
+            rows.append((name, *(f"{value}{_SPACE}{prefix}{unit}".strip() for value in shown), ratio))
+    if not rows:
+        return ""
+    lines = ["| | Dense | Small | Ratio |", "|:--|--:|--:|--:|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _usage(card: CardContent) -> str:
+    place = card.repo_id or "path/to/this/folder"
+    return f"""## Use
+
+```
+pip install hf-compress
+```
+
+```python
+import hf_compress
+from transformers import pipeline
+
+classify = pipeline(
+    "{_TASK}",
+    model={json.dumps(place)},
+)
+print(classify("image.png"))
+```
+
+`AutoModelForImageClassification` loads it as well. Both need `import hf_compress`, which teaches
+transformers to build the smaller model."""
+
+
+def _checks(card: CardContent) -> str:
+    lines = []
+    if card.reload_max_abs_diff is not None:
+        shown = _difference(card.reload_max_abs_diff)
+        lines.append(f"- Reloaded with `from_pretrained` in a new process: largest difference of any logit {shown}.")
+    if card.onnx_max_abs_diff is not None:
+        shown = _difference(card.onnx_max_abs_diff)
+        lines.append(f"- `model.onnx` in ONNX Runtime against PyTorch: largest difference of any logit {shown}.")
+    return "\n".join(["## Checked", "", *lines]) if lines else ""
+
+
+def _difference(value: float) -> str:
+    return "0 (identical)" if value == 0 else f"{value:.1e}"
+
+
+def _measuring(card: CardContent) -> str:
+    lines = []
+    if card.compressed.get("accuracy") is not None:
+        lines.append(f"- Accuracy: {_plain(card.dataset_name)}, {_plain(card.dataset_split)} images.")
+    if card.compressed.get("latency_ms") is not None:
+        rounds = f", median of {card.latency_rounds} rounds in turns" if card.latency_rounds else ""
+        lines.append(f"- Time: one image{rounds}.")
+    if card.machine:
+        lines.append(f"- Machine: {_plain(card.machine)}.")
+    return "\n".join(["## How it was measured", "", *lines]) if lines else ""
+
+
+def _recipe(card: CardContent) -> str:
+    if not card.recipe.strip():
+        return ""
+    longest = max((len(run) for run in re.findall(r"`+", card.recipe)), default=0)
+    fence = "`" * max(3, longest + 1)  # a recipe that holds a fence itself must not end the block
+    return f"## Recipe\n\n`hf-compress run recipe.yaml`\n\n{fence}yaml\n{card.recipe.strip()}\n{fence}"
+
+
+def _plain(text: str) -> str:
+    """Text of a recipe as one line of text, with no markup that could break the page."""
+    return re.sub(r"([\\`*\[\]<>|#])", r"\\\1", " ".join(text.split()))
