@@ -1,0 +1,21 @@
+"""Training methods as Trainer callbacks: one file per method."""
+
+from .axis_callback import AxisCallback
+from .network_slimming import NetworkSlimmingCallback
+from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
+from .proximal_slimming import ProximalSlimmingCallback
+from .reporting import report_first
+
+__all__ = [
+    "L1",
+    "MCP",
+    "SCAD",
+    "AxisCallback",
+    "Lp",
+    "NetworkSlimmingCallback",
+    "Penalty",
+    "ProximalSlimmingCallback",
+    "TransformedL1",
+    "penalty_from",
+    "report_first",
+]

@@ -1,0 +1,74 @@
+"""What one of several processes does in test_multi_process; started by torchrun.
+
+Usage: torchrun ... distributed_run.py OUTPUT
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import torch.distributed
+from slimming_training import SCALED_INPUTS, Images, make_trainer, scaled_classifier
+
+from hf_compress.methods import NetworkSlimmingCallback, ProximalSlimmingCallback
+
+METHODS = {
+    "l1": lambda: NetworkSlimmingCallback("l1", 0.05, example_inputs=SCALED_INPUTS),
+    "group": lambda: NetworkSlimmingCallback("l1", 0.05, grouping="axis", example_inputs=SCALED_INPUTS),
+    "proximal": lambda: ProximalSlimmingCallback(2.0, 1.0, example_inputs=SCALED_INPUTS),
+}
+
+
+def trained(method: str, folder: Path, batch: int, **arguments) -> dict:
+    model, callback = scaled_classifier(), METHODS[method]()
+    trainer = make_trainer(
+        model, [callback], folder, per_device_train_batch_size=batch, max_steps=12, logging_steps=4, **arguments
+    )
+    trainer.train()
+    log = [entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry]
+    return {"weights": model.state_dict(), "scores": callback.scores(model), "sparsity": log}
+
+
+def stepped(method: str, is_sharded: bool) -> dict:
+    """Six full-batch steps by hand; sharded by FSDP2 over all processes, or whole."""
+    model, callback = scaled_classifier(), METHODS[method]()
+    state = SimpleNamespaceState()
+    callback.on_init_end(SimpleNamespace(), state, None, model=model)
+    if is_sharded:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    hooks = {"model": model, "optimizer": optimizer}
+    callback.on_train_begin(SimpleNamespace(), state, None, **hooks)
+    items = [Images(4)[i] for i in range(8)]
+    batch = {
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "labels": torch.tensor([item["labels"] for item in items]),
+    }
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        callback.on_pre_optimizer_step(SimpleNamespace(), state, None, **hooks)
+        optimizer.step()
+        callback.on_optimizer_step(SimpleNamespace(), state, None, **hooks)
+    callback.on_train_end(SimpleNamespace(), state, None, **hooks)
+    full = {name: value.full_tensor() if is_sharded else value for name, value in model.state_dict().items()}
+    return {"weights": full, "scores": callback.scores(model), "sparsity": []}
+
+
+class SimpleNamespaceState:
+    global_step = 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    output = Path(sys.argv[1])
+    results = {("ddp", method): trained(method, output.parent, batch=4, ddp_backend="gloo") for method in METHODS}
+    results |= {("sharded", method): stepped(method, is_sharded=True) for method in METHODS}
+    torch.save(results, f"{output}.{torch.distributed.get_rank()}")
+    torch.distributed.destroy_process_group()
