@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import DataError
+from ..errors import DataError, RecipeError
 from .schema import DataSection, Recipe
 
 MEMORY_LIMIT = 2 * 1024**3  # bytes of resized images that are kept in memory; above it they are decoded batch by batch
@@ -84,8 +84,12 @@ class ImageSplit(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.raw)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of an epoch."""
+    def augment_for(self, epoch: int) -> None:
+        """Choose the augmentation of an epoch.
+
+        Not called ``set_epoch``: Accelerate calls a method of that name by itself, but not when it continues in the
+        middle of an epoch (accelerate 1.15, ``DataLoaderShard.set_epoch`` on a ``SkipBatchSampler``).
+        """
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -221,7 +225,7 @@ def _from_datasets(recipe: Recipe) -> tuple[dict[str, RawSplit], list[str], dict
 
     section = recipe.data
     where = recipe.where("data", "name")
-    place = _local_folder(recipe)
+    place = local_folder(recipe, section.name, "data", "name")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -246,9 +250,12 @@ def _from_datasets(recipe: Recipe) -> tuple[dict[str, RawSplit], list[str], dict
     return parts, names, chosen
 
 
-def _local_folder(recipe: Recipe) -> Path | None:
-    """The folder that a name means: relative to the working directory or to the recipe's file."""
-    name = recipe.data.name
+def local_folder(recipe: Recipe, name: str, *field: str) -> Path | None:
+    """The folder that a name means, relative to the working directory or to the recipe's file; None for a Hub id.
+
+    Raises:
+        RecipeError: when the name can only be a folder, and there is none.
+    """
     places = [Path(name).expanduser()]
     if recipe.folder is not None and not places[0].is_absolute():
         places.append(recipe.folder / name)
@@ -257,7 +264,7 @@ def _local_folder(recipe: Recipe) -> Path | None:
             return place
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         tried = " and ".join(str(place.resolve()) for place in places)
-        raise DataError(f"{recipe.where('data', 'name')}: there is no folder {name!r} (looked at {tried}).")
+        raise RecipeError(f"{recipe.where(*field)}: there is no folder {name!r} (looked at {tried}).")
     return None
 
 

@@ -111,6 +111,10 @@ class RunFolder:
         file = self.stage(number) / "done.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
+    def is_finished(self) -> bool:
+        """Whether all stages are finished."""
+        return all(self.done(number) is not None for number in range(len(self.recipe.stages) + 1))
+
     def begin(self, number: int, keep: bool = False) -> Path:
         """The folder in which a stage works; what an interrupted attempt left is dropped unless ``keep``."""
         partial = self.stage(number).with_suffix(".partial")
@@ -139,7 +143,7 @@ class RunFolder:
         Files that are there already are left alone, so this may be repeated at any time.
         """
         last = len(self.recipe.stages)
-        for number in range(1, last + 1):
+        for number in range(last + 1):
             if self.done(number) is None:
                 return
             made = self.stage(number) / "publish"
@@ -192,7 +196,9 @@ def _place(source: Path, target: Path) -> None:
 _ABSENT: Any = type("_Absent", (), {"__repr__": lambda self: "absent"})()
 
 
-def _changes(before: Any, now: Any, location: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], Any, Any]]:
+def _changes(
+    before: Any, now: Any, location: tuple[str | int, ...] = ()
+) -> list[tuple[tuple[str | int, ...], Any, Any]]:
     """(location, before, now) of everything that differs. Stages added at the end are no difference: they come next."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = list(dict.fromkeys([*before, *now]))

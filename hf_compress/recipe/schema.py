@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
@@ -32,6 +33,7 @@ _RESERVED = {
     "do_train": "use a `train` stage",
     "do_eval": "every training stage is evaluated at its end",
     "do_predict": "use a `report` stage",
+    "save_total_limit": "the runner keeps the last complete checkpoint, and the best one where Trainer tracks it",
     "push_to_hub": "use a `push` stage",
     "hub_model_id": "use a `push` stage",
     "hub_token": "set the environment variable HF_TOKEN",
@@ -144,7 +146,20 @@ class FinetuneStage(Training):
     stage: Literal["finetune"]
 
 
-class NetworkSlimmingStage(Training):
+class Slimming(Training):
+    """What both slimming methods may say.
+
+    Attributes:
+        grouping: ``scale``: every scale on its own; ``axis``: the scales of an index together (channels of a residual
+            stream then vanish as a whole); that of the method when not given.
+        gamma_init: value given to all scales before the stage; 0.5 in the papers. They stay as they are when not given.
+    """
+
+    grouping: Literal["scale", "axis"] | None = None
+    gamma_init: float | None = None
+
+
+class NetworkSlimmingStage(Slimming):
     """Training with a sparsity penalty on the axes' scales (Liu et al. 2017; Bui et al. 2021 for the others).
 
     Attributes:
@@ -159,7 +174,7 @@ class NetworkSlimmingStage(Training):
     strength: Annotated[float, Field(ge=0)] = 1e-4
 
 
-class ProximalSlimmingStage(Training):
+class ProximalSlimmingStage(Slimming):
     """Training by proximal network slimming (Bui et al. 2023).
 
     Attributes:
@@ -304,6 +319,11 @@ class Recipe(Section):
         """The folder of the recipe's file, where it came from a file."""
         return self._source.folder if self._source else None
 
+    def as_yaml(self) -> str:
+        """The recipe after all overrides, without ``output``; defaults are left out."""
+        content = self.model_dump(mode="json", exclude_unset=True, exclude={"output"})
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     """Read and check a recipe.
@@ -436,7 +456,7 @@ def _order_problems(recipe: Recipe) -> list[str]:
             problems.append(f"{here}: a recipe has one {stage.stage} stage.")
         if stage.stage == "export" and "report" in before:
             problems.append(f"{here}: report measures the exported file, so export comes before report.")
-        if isinstance(stage, PruneStage) and stage.support and _scoring_stage(recipe, index) is None:
+        if isinstance(stage, PruneStage) and stage.support and scoring_stage(recipe, index) is None:
             problems.append(
                 f"{recipe.where('stages', index, 'support')}: needs a proximal_slimming stage before it, with no other "
                 "prune in between. Add one, or give a budget (`macs: 0.5`)."
@@ -461,7 +481,7 @@ def _dense_problems(recipe: Recipe, index: int, stage: ReportStage) -> list[str]
     return [f"{where}: {stage.dense!r} is not one stage before the first prune. Possible: {options}."]
 
 
-def _scoring_stage(recipe: Recipe, index: int) -> int | None:
+def scoring_stage(recipe: Recipe, index: int) -> int | None:
     """The slimming stage whose scores a prune stage at ``index`` uses, or None for weight magnitudes."""
     stage = recipe.stages[index]
     for number in range(index - 1, -1, -1):

@@ -1,0 +1,291 @@
+"""``hf-compress``: run a recipe; inspect, prune, measure, export or push a model.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import CheckpointError, HfCompressError, ModelError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_HELP = "Make Hugging Face vision models smaller, and keep them ordinary Hugging Face models."
+_DEBUG = "HF_COMPRESS_DEBUG"
+
+app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Model = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
+ImageSize = Annotated[
+    int | None, typer.Option(help="Height and width in pixels; found from the model when not given.", min=1)
+]
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"hf-compress {__version__}")
+        raise typer.Exit
+    if debug:
+        os.environ[_DEBUG] = "1"
+
+
+# `--version` needs no command, which typer would ask for
+app.registered_callback.invoke_without_command = True  # type: ignore[union-attr]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)],
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field: --set stages.train.epochs=2. Repeatable."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the result. [default: runs/NAME]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and describe; train and write nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop what an earlier run left in the folder.")] = False,
+) -> None:
+    """Run a recipe; the same command continues a run that was interrupted."""
+    with _errors():
+        console = _console()
+        with console.status("checking the recipe"):
+            from .recipe import run_recipe
+            from .recipe.table import comparison
+
+        result = run_recipe(recipe, assignments or (), output, dry_run, restart=restart, say=_say(console))
+        if dry_run:
+            console.print(result.description, markup=False, highlight=False)
+            return
+        if result.was_finished:
+            console.print(f"This run was finished before; nothing was done. {result.output}", markup=False)
+        if result.metrics is not None:
+            console.print(comparison(result.metrics, f"{result.output}"))
+
+
+@app.command()
+def inspect(model: Model, image_size: ImageSize = None) -> None:
+    """List what can shrink: every axis, its size, and the parameters and MACs on it."""
+    with _errors():
+        from rich import box
+        from rich.table import Table
+
+        from .axes import find_axes
+
+        loaded = _load(model)
+        axes = find_axes(loaded, _example_inputs(model, loaded, image_size))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("axis", overflow="fold")
+        table.add_column("size", justify="right")
+        table.add_column("exact", overflow="fold")
+        table.add_column("params", justify="right")
+        table.add_column("MACs", justify="right")
+        for axis in axes:
+            exact = "yes" if axis.is_exact else f"no: {', '.join(axis.reasons)}"
+            table.add_row(axis.name, str(axis.size), exact, f"{axis.params:,}", f"{axis.macs:,}")
+        console = _console()
+        console.print(table)
+        console.print(
+            f"{len(axes)} axes; {axes.params:,} parameters, {axes.macs:,} MACs for one image", highlight=False
+        )
+        for operator, module in axes.without_rule.items():
+            console.print(f"no rule for {operator} (in {module}): its axes stay whole", highlight=False)
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="New folder for the smaller model.", show_default=False)],
+    macs: Annotated[float | None, typer.Option(help="Budget: share of the MACs, or a number.")] = None,
+    params: Annotated[float | None, typer.Option(help="Budget: share of the parameters, or a number.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Instead of a budget: share removed from every axis.")] = None,
+    scores: Annotated[str, typer.Option(help="How indices are ranked.")] = "magnitude",
+    round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1,
+    min_keep: Annotated[int, typer.Option(help="Every axis keeps at least so many.")] = 1,
+    inexact: Annotated[bool, typer.Option("--inexact", help="Also axes where removal is not exactly masking.")] = False,
+    fold_shift: Annotated[
+        bool, typer.Option(help="Carry what removed BatchNorm channels still emit into the next layer.")
+    ] = True,
+    image_size: ImageSize = None,
+) -> None:
+    """Remove the least important indices; half of the MACs when no budget is given."""
+    with _errors():
+        from .axes import find_axes
+        from .surgery import prune as prune_model
+
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise CheckpointError(f"{output} exists and is not an empty folder. Choose another --output.")
+        loaded = _load(model)
+        inputs = _example_inputs(model, loaded, image_size)
+        before = find_axes(loaded, inputs).cost()
+        prune_model(
+            loaded,
+            scores=scores,
+            macs=macs,
+            params=params,
+            ratio=ratio,
+            round_to=round_to,
+            min_keep=min_keep,
+            inexact=inexact,
+            fold_shift=fold_shift,
+            example_inputs=inputs,
+        )
+        after = find_axes(loaded, inputs).cost()
+        beside = output.with_name(f"{output.name}.partial")
+        loaded.save_pretrained(beside)
+        processor = _processor(model)
+        if processor is not None:
+            processor.save_pretrained(beside)
+        if output.exists():
+            output.rmdir()
+        beside.rename(output)
+        console = _console()
+        for name, old, new in (("MACs", before.macs, after.macs), ("parameters", before.params, after.params)):
+            console.print(f"{name:<11}{old:>15,} -> {new:,} ({new / old:.1%})", highlight=False)
+        console.print(f"saved in {output}", highlight=False, markup=False)
+
+
+@app.command()
+def measure(
+    model: Model,
+    image_size: ImageSize = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of the latency measurement.", min=1)] = 15,
+) -> None:
+    """Parameters, MACs, bytes and latency for one image."""
+    with _errors():
+        from .measurement import describe_machine
+        from .measurement import measure as measure_model
+
+        loaded = _load(model)
+        found = measure_model(loaded, _example_inputs(model, loaded, image_size), rounds=rounds)
+        console = _console()
+        for name, value in (
+            ("parameters", f"{found.params:,}"),
+            ("MACs", f"{found.macs:,}"),
+            ("bytes", f"{found.bytes:,}"),
+            ("latency", f"{found.latency_ms:.3f} ms"),
+        ):
+            console.print(f"{name:<11}{value:>15}", highlight=False)
+        console.print(f"({describe_machine()})", style="dim", highlight=False, markup=False)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[Path | None, typer.Option(help="The file. [default: model.onnx in the model's folder]")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest accepted difference of any logit.")] = 1e-4,
+    image_size: ImageSize = None,
+) -> None:
+    """Write ONNX and compare it with the PyTorch model."""
+    with _errors():
+        from .export import export_onnx
+
+        loaded = _load(model)
+        target = output or (Path(model) if Path(model).is_dir() else Path()) / "model.onnx"
+        path = export_onnx(loaded, target, _example_inputs(model, loaded, image_size), tolerance=tolerance)
+        _console().print(
+            f"wrote {path}, equal to the PyTorch model within {tolerance:g}", highlight=False, markup=False
+        )
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder with a saved model.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="USER/NAME on the Hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a folder to the Hub."""
+    with _errors():
+        from .hub.upload import push as push_folder
+
+        _console().print(push_folder(folder, repo, private=private), highlight=False, markup=False)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """One line in red and exit code 1 for errors that this package raises on purpose."""
+    try:
+        yield
+    except HfCompressError as error:
+        if os.environ.get(_DEBUG, "0") not in ("", "0"):
+            traceback.print_exc()
+        else:
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.secho("interrupted; a run continues with the same command", err=True)
+        raise typer.Exit(130) from None
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(soft_wrap=False)
+
+
+def _say(console: Console) -> Any:
+    def say(line: str) -> None:
+        sys.stderr.flush()  # Trainer's bar is written there
+        console.print(line, style="bold", highlight=False, markup=False)
+
+    return say
+
+
+def _load(name: str) -> Any:
+    """A model for image classification, or the bare model where a checkpoint has no classifier."""
+    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"there is no folder {name}. Give a folder that save_pretrained wrote, or a Hub id.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        has_classifier = any("ForImageClassification" in kind for kind in config.architectures or [])
+        return (AutoModelForImageClassification if has_classifier else AutoModel).from_pretrained(name).eval()
+    except HfCompressError:
+        raise
+    except Exception as error:  # a missing folder, the network, a damaged file: no common class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name} cannot be loaded: {reason}") from error
+
+
+def _processor(name: str) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except Exception:  # a checkpoint without one; its errors have no common class
+        return None
+
+
+def _example_inputs(name: str, model: Any, image_size: int | None) -> Any:
+    """One blank image of the size that is asked for, else that the image processor makes, else that the model names."""
+    from .axes import example_inputs_for
+
+    inputs = example_inputs_for(model)
+    pixels = inputs["pixel_values"]
+    size = (image_size, image_size) if image_size is not None else None
+    processor = _processor(name) if size is None else None
+    if processor is not None:
+        from PIL import Image
+
+        size = tuple(processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"].shape[-2:])
+    if size is None:
+        return inputs
+    return {"pixel_values": pixels.new_zeros((1, pixels.shape[1], *size))}
+
+
+if __name__ == "__main__":
+    app()

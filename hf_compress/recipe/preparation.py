@@ -1,0 +1,464 @@
+"""Everything that can be known before training: does the recipe fit the data, the model, the budget and this machine?
+
+What is wrong is found here, in seconds, and said with the recipe's line; what is right is handed on to the stages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..axes import AxisGraph, find_axes
+from ..errors import DataError, HfCompressError, HubError, ModelError, NothingToShrinkError, RecipeError
+from ..surgery import magnitude_scores
+from .data import ImageSplit, RawData, load_data, local_folder
+from .schema import (
+    NetworkSlimmingStage,
+    ProximalSlimmingStage,
+    PruneStage,
+    Recipe,
+    Training,
+    scoring_stage,
+)
+from .source import closest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+_NEEDED = {  # stage -> modules beyond the plain installation, and the extra that brings them
+    "export": (("onnx", "onnxscript", "onnxruntime"), "export"),
+    "report": (("matplotlib",), "export"),
+}
+
+
+@dataclass
+class Prepared:
+    """A recipe whose parts are known to fit.
+
+    Attributes:
+        model: as it is before the first stage.
+        processor: the image processor that is saved beside the model.
+        axes: of ``model``; None when no stage needs them.
+        steps: stage index -> optimizer steps, for the stages that train.
+        goals: stage index -> what a prune stage aims for, in words.
+    """
+
+    recipe: Recipe
+    data: RawData
+    processor: Any
+    model: PreTrainedModel
+    axes: AxisGraph | None
+    steps: dict[int, int] = field(default_factory=dict)
+    goals: dict[int, str] = field(default_factory=dict)
+    _splits: dict[str, ImageSplit] = field(default_factory=dict)
+
+    def split(self, name: str) -> ImageSplit:
+        """The images of a split as the model takes them, without augmentation."""
+        if name not in self._splits:
+            self._splits[name] = ImageSplit(self.data.splits()[name], self.processor)
+        return self._splits[name]
+
+    def training_split(self, seed: int) -> ImageSplit:
+        """The training images with the recipe's augmentation."""
+        section = self.recipe.data
+        return ImageSplit(
+            self.data.train,
+            self.processor,
+            crop_padding=section.crop_padding,
+            flip=section.horizontal_flip,
+            seed=seed,
+        )
+
+    @property
+    def example_inputs(self) -> dict[str, Tensor]:
+        """One real image as the model takes it."""
+        return {"pixel_values": self.split("validation")[0]["pixel_values"][None]}
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load data and model, and check everything that can be checked without training.
+
+    Raises:
+        HfCompressError: the first thing that does not fit, with what to do about it.
+    """
+    check_installation(recipe)
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, Training):
+            training_arguments(recipe, index, Path("unused"))
+            method_callback(recipe, index)
+    data = load_data(recipe)
+    model = build_model(recipe, data)
+    processor = build_processor(recipe, data, model)
+    prepared = Prepared(recipe, data, processor, model, None)
+    _check_weights(recipe, model)
+    _check_images(prepared)
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, Training):
+            arguments = training_arguments(recipe, index, Path("unused"))
+            prepared.steps[index] = number_of_steps(arguments, len(data.train))
+    if any(isinstance(stage, (PruneStage, NetworkSlimmingStage, ProximalSlimmingStage)) for stage in recipe.stages):
+        prepared.axes = find_axes(model, prepared.example_inputs)
+        _check_budgets(prepared)
+    return prepared
+
+
+def check_installation(recipe: Recipe) -> None:
+    """See that optional dependencies and the Hub's token are there for the stages that need them.
+
+    Raises:
+        RecipeError, HubError: naming what is missing.
+    """
+    for index, stage in enumerate(recipe.stages):
+        modules, extra = _NEEDED.get(stage.stage, ((), ""))
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        if missing:
+            raise RecipeError(
+                f"{recipe.where('stages', index)}: the {stage.stage} stage needs {', '.join(missing)}, not installed. "
+                f"Run `pip install 'hf-compress[{extra}]'`, or leave the stage out."
+            )
+        if stage.stage == "push":
+            from huggingface_hub import get_token, is_offline_mode
+
+            if is_offline_mode():
+                raise HubError(
+                    f"{recipe.where('stages', index)}: the push stage needs the Hub, and HF_HUB_OFFLINE is set. Unset it, "
+                    "or leave the stage out."
+                )
+            if get_token() is None:
+                raise HubError(
+                    f"{recipe.where('stages', index)}: the push stage needs a token of the Hub, and there is none. Run "
+                    "`hf auth login`, set HF_TOKEN, or leave the stage out."
+                )
+
+
+# -- training settings -------------------------------------------------------------------------------------------
+
+
+def training_arguments(recipe: Recipe, index: int, folder: Path) -> TrainingArguments:
+    """The TrainingArguments of one stage: the runner's defaults, under the recipe's, under the stage's.
+
+    Raises:
+        RecipeError: when TrainingArguments refuses them.
+    """
+    from transformers import TrainingArguments
+
+    stage = recipe.stages[index]
+    assert isinstance(stage, Training)
+    given = {**recipe.training, **stage.training}
+    if stage.epochs is not None:
+        given["num_train_epochs"] = stage.epochs
+        given.pop("max_steps", None)
+    if stage.steps is not None:
+        given["max_steps"] = stage.steps
+    defaults: dict[str, Any] = {
+        "save_strategy": "steps" if "save_steps" in given else "epoch",
+        "logging_strategy": "steps" if "logging_steps" in given else "epoch",
+        "report_to": "none",
+        "per_device_eval_batch_size": 256,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            seed=recipe.seed + index,  # every stage draws its own order of the data
+            remove_unused_columns=False,
+            **{**defaults, **given},
+        )
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        place = ("stages", index, "training") if stage.training else ("training",)
+        raise RecipeError(f"{recipe.where(*place)}: TrainingArguments refuses this: {_first_line(error)}") from error
+
+
+def number_of_steps(arguments: TrainingArguments, images: int) -> int:
+    """Optimizer steps of a training stage on one process."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    round_off = math.floor if arguments.dataloader_drop_last else math.ceil
+    batches = round_off(images / arguments.train_batch_size)
+    return math.ceil(arguments.num_train_epochs * max(math.ceil(batches / arguments.gradient_accumulation_steps), 1))
+
+
+def method_callback(recipe: Recipe, index: int, example_inputs: dict[str, Tensor] | None = None) -> Any:
+    """The callback of a slimming stage, or None for ordinary training.
+
+    Raises:
+        HfCompressError: when the method refuses its parameters.
+    """
+    from .. import methods
+
+    stage = recipe.stages[index]
+    try:
+        if isinstance(stage, NetworkSlimmingStage):
+            return methods.NetworkSlimmingCallback(
+                methods.penalty_from(stage.penalty, **stage.parameters),
+                stage.strength,
+                grouping=stage.grouping or "scale",
+                gamma_init=stage.gamma_init,
+                example_inputs=example_inputs,
+            )
+        if isinstance(stage, ProximalSlimmingStage):
+            return methods.ProximalSlimmingCallback(
+                stage.strength,
+                stage.coupling,
+                grouping=stage.grouping or "axis",
+                gamma_init=stage.gamma_init,
+                example_inputs=example_inputs,
+            )
+    except (HfCompressError, TypeError, ValueError) as error:
+        raise RecipeError(f"{recipe.where('stages', index)}: {_first_line(error)}") from error
+    return None
+
+
+# -- model and processor ------------------------------------------------------------------------------------------
+
+
+def build_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
+    """The model before the first stage, with the classes of the data.
+
+    Raises:
+        ModelError, DataError: when it cannot be built, or its classes are not those of the data.
+    """
+    from transformers import set_seed
+
+    set_seed(recipe.seed)  # for new weights
+    model = _new_model(recipe, data) if recipe.model.config is not None else _pretrained_model(recipe, data)
+    channels = _setting(model, "num_channels")
+    if channels not in (None, 3):
+        raise DataError(
+            f"{recipe.where('model')}: the model takes images of {channels} channel(s), and images are read as RGB, as "
+            "transformers.pipeline does. Use a model with num_channels 3."
+        )
+    return model
+
+
+def _new_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
+
+    given = dict(recipe.model.config or {})
+    kind = given.pop("model_type")
+    here = ("model", "config")
+    if kind not in CONFIG_MAPPING:
+        raise RecipeError(
+            f"{recipe.where(*here, 'model_type')}: there is no model type {kind!r}.{closest(kind, CONFIG_MAPPING.keys())}"
+        )
+    config_class = CONFIG_MAPPING[kind]
+    if config_class not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise RecipeError(
+            f"{recipe.where(*here, 'model_type')}: {kind!r} has no model for image classification in transformers. "
+            "Possible, for example: resnet, mobilenet_v2, convnext, vit, swin, timm_wrapper."
+        )
+    known = [name for name in dir(config_class()) if not name.startswith("_")]
+    accepted = [*known, *inspect.signature(config_class).parameters]
+    for name in given:
+        if name not in accepted:
+            raise RecipeError(
+                f"{recipe.where(*here, name)}: {config_class.__name__} has no {name!r}.{closest(name, known)}"
+            )
+    names = data.label_names
+    if given.get("num_labels", len(names)) != len(names):
+        raise DataError(
+            f"{recipe.where(*here, 'num_labels')}: {given['num_labels']} classes, but {recipe.data.name} has {len(names)}. "
+            "Leave num_labels out: it follows the data."
+        )
+    given.pop("num_labels", None)
+    size = recipe.data.image_size or data.native_size
+    if "image_size" in known and "image_size" not in given and size is not None:
+        given["image_size"] = size if isinstance(size, int) or size[0] != size[1] else size[0]
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    try:
+        return AutoModelForImageClassification.from_config(config_class(**given, **labels))
+    except Exception as error:  # configuration classes raise anything from KeyError to RuntimeError
+        raise ModelError(f"{recipe.where(*here)}: no {kind} can be built from this: {_first_line(error)}") from error
+
+
+def _pretrained_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    where = recipe.where("model", "pretrained")
+    place = pretrained_name(recipe)
+    names = data.label_names
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    try:
+        config = AutoConfig.from_pretrained(place)
+        config_labels = [config.id2label[i] for i in sorted(config.id2label)]
+        arguments: dict[str, Any] = {}
+        if recipe.model.new_head:
+            arguments = {**labels, "ignore_mismatched_sizes": True}
+        elif len(config_labels) != len(names):
+            raise DataError(
+                f"{where}: the model has {len(config_labels)} classes and {recipe.data.name} has {len(names)}. "
+                "Set model.new_head: true to train a new classifier, or choose the data set that the model was made for."
+            )
+        elif config_labels != names and sorted(config_labels) == sorted(names):
+            raise DataError(
+                f"{where}: the model numbers its classes {', '.join(config_labels[:4])}, ...; {recipe.data.name} numbers "
+                f"them {', '.join(names[:4])}, ... Set model.new_head: true, or relabel the data."
+            )
+        model, loading = AutoModelForImageClassification.from_pretrained(place, output_loading_info=True, **arguments)
+    except HfCompressError:
+        raise
+    except Exception as error:  # a missing folder, the network, a damaged file: no common class
+        raise ModelError(
+            f"{where}: {recipe.model.pretrained!r} cannot be loaded for image classification: {_first_line(error)}"
+        ) from error
+    missing = sorted(loading["missing_keys"])
+    if missing and not recipe.model.new_head:
+        raise ModelError(
+            f"{where}: the checkpoint lacks {len(missing)} weights ({', '.join(missing[:3])}), which would stay random. "
+            "Set model.new_head: true when they are a new classifier's, else choose a complete checkpoint."
+        )
+    return model
+
+
+def pretrained_name(recipe: Recipe) -> str:
+    """The folder of a pretrained model, or its Hub id."""
+    assert recipe.model.pretrained is not None
+    folder = local_folder(recipe, recipe.model.pretrained, "model", "pretrained")
+    return str(folder) if folder is not None else recipe.model.pretrained
+
+
+def build_processor(recipe: Recipe, data: RawData, model: PreTrainedModel) -> Any:
+    """The image processor: that of a pretrained model where it has one, else plain resizing and normalisation.
+
+    Raises:
+        DataError: when no image size can be found.
+    """
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    section = recipe.data
+    asked: dict[str, Any] = {}
+    if section.image_mean is not None:
+        asked["image_mean"] = section.image_mean
+    if section.image_std is not None:
+        asked["image_std"] = section.image_std
+    if recipe.model.pretrained is not None:
+        try:
+            processor = AutoImageProcessor.from_pretrained(pretrained_name(recipe), **asked)
+        except (OSError, ValueError):  # the checkpoint has none
+            processor = None
+        if processor is not None:
+            if section.image_size is None:
+                return processor
+            if "height" in (processor.size or {}):
+                processor.size = {"height": section.image_size, "width": section.image_size}
+                return processor
+    size = section.image_size or _setting(model, "image_size") or data.native_size
+    if size is None:
+        raise DataError(
+            f"{recipe.where('data')}: the images of {section.name} differ in size and the model names none. Set "
+            "data.image_size, for example to 224."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return ViTImageProcessor(size={"height": height, "width": width}, **asked)  # resize, rescale, normalise
+
+
+def _setting(model: PreTrainedModel, name: str) -> Any:
+    """A setting of the model's configuration or of the backbone inside it."""
+    for holder in (model.config, getattr(model.config, "backbone_config", None)):
+        value = getattr(holder, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+# -- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_weights(recipe: Recipe, model: PreTrainedModel) -> None:
+    bad = [n for n, p in [*model.named_parameters(), *model.named_buffers()] if not bool(torch.isfinite(p).all())]
+    if bad:
+        origin = recipe.where("model", "pretrained" if recipe.model.pretrained else "config")
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ModelError(
+            f"{origin}: {bad[0]}{more} of the model's weights hold NaN or infinity: the training that made them "
+            "diverged. Use a checkpoint from before that."
+        )
+
+
+def _check_images(prepared: Prepared) -> None:
+    """Run the model on two real images."""
+    recipe, model = prepared.recipe, prepared.model
+    pixels = prepared.split("validation").__getitems__([0, min(1, len(prepared.data.validation) - 1)])["pixel_values"]
+    shape = "x".join(str(n) for n in pixels.shape[1:])
+    try:
+        with torch.no_grad():
+            logits = model.eval()(pixel_values=pixels).logits
+    except Exception as error:  # every architecture complains in its own way
+        named = _setting(model, "image_size")
+        hint = f"Set data.image_size: {named}, which the model names." if named else "Set another data.image_size."
+        raise DataError(
+            f"{recipe.where('data', 'image_size')}: {type(model).__name__} cannot take images of {shape} (channels x "
+            f"height x width): {_first_line(error)} {hint}"
+        ) from error
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(f"{recipe.where('model')}: the model answers with NaN or infinity before any training.")
+
+
+def _check_budgets(prepared: Prepared) -> None:
+    """See that every prune stage has something to remove and that its budget is within reach."""
+    recipe, axes, model = prepared.recipe, prepared.axes, prepared.model
+    assert axes is not None
+    for index, stage in enumerate(recipe.stages):
+        here = recipe.where("stages", index)
+        try:
+            if isinstance(stage, (NetworkSlimmingStage, ProximalSlimmingStage)):
+                _slimming_scores(prepared, index)
+            elif isinstance(stage, PruneStage):
+                from .stages import choose
+
+                slimming = scoring_stage(recipe, index) if stage.scores == "auto" else None
+                scores = magnitude_scores(model, axes) if slimming is None else _slimming_scores(prepared, slimming)
+                if stage.support:
+                    prepared.goals[index] = "what the slimming stage leaves at zero goes"
+                    continue
+                plan = choose(stage, axes, scores, dense=axes)
+                prepared.goals[index] = _goal(stage, axes, plan)
+        except HfCompressError as error:
+            raise type(error)(f"{here}: {error}") from error
+
+
+def _slimming_scores(prepared: Prepared, index: int) -> Mapping[str, Tensor]:
+    callback = method_callback(prepared.recipe, index, prepared.example_inputs)
+    scores = callback.scores(prepared.model)
+    if not scores:
+        raise NothingToShrinkError(
+            f"{type(prepared.model).__name__} has no axis with a learned scale (BatchNorm or layer scale), which "
+            "slimming needs. Prune by weight magnitudes instead: a prune stage without a slimming stage."
+        )
+    return scores
+
+
+def _goal(stage: PruneStage, axes: AxisGraph, plan: Any) -> str:
+    macs, params = axes.cost(plan)
+    asked = stage.macs or stage.params or "ratio"
+    kind = "MACs" if stage.macs is not None else "parameters" if stage.params is not None else "widths"
+    limit = f"{asked:g} of the {kind}" if isinstance(asked, float) and asked < 1 else f"{asked} {kind}"
+    return f"{limit}: to about {macs:,} MACs and {params:,} parameters"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def use_all_cores() -> None:
+    """Let torch use the cores that this process may use, where the user has not said how many (OMP_NUM_THREADS)."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # a container's share of time, which torch does not see
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    torch.set_num_threads(min(cores, torch.get_num_threads()))

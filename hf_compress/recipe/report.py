@@ -1,0 +1,169 @@
+"""The report stage: dense against compressed, measured on test images; pictures and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..surgery import Plan
+from .folder import RunFolder, write_json
+from .preparation import Prepared
+from .reload import reload_difference
+from .schema import MODEL_STAGES, PushStage, ReportStage
+from .stages import load_model, test_pixels, unpruned_stages
+
+
+def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
+    """Measure, and write metrics.json, the pictures and README.md into ``partial/publish``.
+
+    Args:
+        index: of the report stage.
+
+    Returns:
+        Notes for ``done.json``: which stage's model is the dense one, and its metrics.
+    """
+    from ..export import export_onnx, onnx_difference, onnx_runner
+    from ..measurement import checkpoint_bytes, compare_latency, count_macs, describe_machine
+    from .training import accuracy
+
+    stage = prepared.recipe.stages[index]
+    assert isinstance(stage, ReportStage)
+    made = partial / "publish"
+    made.mkdir()
+    chosen = dense_stage(prepared, folder, stage)
+    paths = {"dense": folder.model(chosen), "compressed": folder.model(index)}
+    models = {name: load_model(path) for name, path in paths.items()}
+    image, pixels = prepared.example_inputs["pixel_values"], test_pixels(prepared)
+
+    accuracies = {name: accuracy(model, prepared.split("test")) for name, model in models.items()}
+    for model in models.values():
+        model.to("cpu").eval()
+    times = compare_latency({n: _caller(m, image) for n, m in models.items()}, stage.latency_rounds)
+    onnx_times: dict[str, float | None] = {"dense": None, "compressed": None}
+    onnx_max_abs_diff = None
+    exported = _exported(prepared, folder)
+    if exported is not None:
+        dense_file = export_onnx(models["dense"], partial / "dense.onnx", {"pixel_values": image}, tolerance=1e-2)
+        runners = {"dense": onnx_runner(dense_file), "compressed": onnx_runner(exported)}
+        onnx_times |= compare_latency({n: _caller(r, image) for n, r in runners.items()}, stage.latency_rounds)
+        onnx_max_abs_diff = onnx_difference(models["compressed"], exported, pixels)
+        dense_file.unlink()
+    expected = load_file(paths["compressed"].parent / "logits.safetensors")["logits"]  # before it was saved
+
+    metrics: dict[str, Any] = {
+        name: {
+            "accuracy": accuracies[name],
+            "params": sum(p.numel() for p in model.parameters()),
+            "macs": count_macs(model, {"pixel_values": image}),
+            "bytes": checkpoint_bytes(paths[name]),
+            "latency_ms": times[name],
+            "onnx_latency_ms": onnx_times[name],
+        }
+        for name, model in models.items()
+    }
+    metrics["reload_max_abs_diff"] = reload_difference(paths["compressed"], pixels, expected)
+    metrics["onnx_max_abs_diff"] = onnx_max_abs_diff
+    write_json(made / "metrics.json", metrics)
+    pictures = draw(prepared, folder, index, metrics, made)
+    write_readme(prepared, stage, metrics, pictures, made, describe_machine())
+    return {"stage": "report", "dense": chosen, "metrics": metrics}
+
+
+def dense_stage(prepared: Prepared, folder: RunFolder, stage: ReportStage) -> int:
+    """Number of the stage whose model is called dense: as the recipe says, else the best on validation images."""
+    candidates = unpruned_stages(prepared)
+    if stage.dense is not None:
+        stages = prepared.recipe.stages
+        return next(n for n in candidates if stage.dense in (n - 1, stages[n - 1].stage))
+    if not candidates:
+        return 0
+    return max(candidates, key=lambda n: ((folder.done(n) or {})["validation_accuracy"], -n))
+
+
+def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, Any], made: Path) -> dict[str, str]:
+    """The pictures that this run has data for.
+
+    Returns:
+        File name -> what it shows.
+    """
+    from ..measurement import TradeoffPoint, plot_sparsity, plot_tradeoff, plot_widths
+    from .training import accuracy
+
+    pictures: dict[str, str] = {}
+    stages = prepared.recipe.stages[:index]
+    prunes = [number for number, stage in enumerate(stages, 1) if stage.stage == "prune"]
+    points = [TradeoffPoint("dense", metrics["dense"]["macs"], metrics["dense"]["accuracy"])]
+    if prunes and prepared.axes is not None:
+        after: dict[str, int] = {}
+        for number in prunes:
+            (file,) = (folder.stage(number) / "publish").glob("plan*.json")
+            after |= Plan.from_json(json.loads(file.read_text(encoding="utf-8"))).sizes
+        plot_widths(made / "widths.png", {axis.name: axis.size for axis in prepared.axes}, after)
+        pictures["widths.png"] = "Width of every axis before and after pruning."
+        last = prunes[-1]
+        if folder.model(last) != folder.model(index):
+            pruned = accuracy(load_model(folder.model(last)), prepared.split("test"))
+            points.append(TradeoffPoint("pruned", (folder.done(last) or {})["macs"], pruned))
+    points.append(TradeoffPoint("compressed", metrics["compressed"]["macs"], metrics["compressed"]["accuracy"]))
+    plot_tradeoff(made / "tradeoff.png", points)
+    pictures["tradeoff.png"] = "Accuracy on the test images against multiply-accumulates."
+    for number, stage in enumerate(stages, 1):
+        history = folder.stage(number) / "history.json"
+        if stage.stage in ("network_slimming", "proximal_slimming"):
+            entries = json.loads(history.read_text(encoding="utf-8"))
+            if any("sparsity" in entry for entry in entries):
+                plot_sparsity(made / "sparsity.png", entries)
+                pictures["sparsity.png"] = "Share of scales close to zero while training."
+    return pictures
+
+
+def write_readme(
+    prepared: Prepared, stage: ReportStage, metrics: dict[str, Any], pictures: dict[str, str], made: Path, machine: str
+) -> None:
+    """The model card."""
+    from ..hub.card import CardContent, write_card
+    from .data import local_folder
+
+    recipe = prepared.recipe
+    is_builtin = recipe.data.name == "digits"
+    is_on_hub = not is_builtin and local_folder(recipe, recipe.data.name) is None
+    base = recipe.model.pretrained
+    write_card(
+        made,
+        CardContent(
+            title=stage.title or recipe.name,
+            dense=metrics["dense"],
+            compressed=metrics["compressed"],
+            dataset_name="scikit-learn digits" if is_builtin else Path(recipe.data.name).name,
+            dataset_id=recipe.data.name if is_on_hub else Path(recipe.data.name).name,
+            dataset_split=recipe.data.test_split or "test",
+            dataset_is_on_hub=is_on_hub,
+            description=recipe.description,
+            architecture=type(prepared.model).__name__.removesuffix("ForImageClassification"),
+            stages=[other.stage for other in recipe.stages if other.stage in MODEL_STAGES],
+            base_model=base if base is not None and local_folder(recipe, base) is None else None,
+            reload_max_abs_diff=metrics["reload_max_abs_diff"],
+            onnx_max_abs_diff=metrics["onnx_max_abs_diff"],
+            plots=pictures,
+            recipe=recipe.as_yaml(),
+            machine=machine,
+            latency_rounds=stage.latency_rounds,
+            repo_id=next((other.repo for other in recipe.stages if isinstance(other, PushStage)), None),
+        ),
+    )
+
+
+def _exported(prepared: Prepared, folder: RunFolder) -> Path | None:
+    for number, stage in enumerate(prepared.recipe.stages, 1):
+        if stage.stage == "export":
+            return folder.stage(number) / "publish" / "model.onnx"
+    return None
+
+
+def _caller(model: Callable[[Tensor], Any], image: Tensor) -> Callable[[], Any]:
+    return lambda: model(image)

@@ -1,0 +1,216 @@
+"""What each stage does: from the model that the stage before left to a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..axes import AxisGraph, find_axes
+from ..errors import HfCompressError
+from ..surgery import Plan, magnitude_scores, select, shrink
+from .folder import RunFolder, write_json
+from .preparation import Prepared
+from .schema import MODEL_STAGES, ExportStage, PruneStage, PushStage, Training, scoring_stage
+
+
+def load_model(path: Path) -> Any:
+    """A stage's model, the way that anybody else would load it."""
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification.from_pretrained(path)
+
+
+def save_model(model: Any, processor: Any, path: Path) -> None:
+    """A model and its image processor."""
+    model.to("cpu").save_pretrained(path)
+    processor.save_pretrained(path)
+
+
+def save_result(prepared: Prepared, model: Any, partial: Path) -> None:
+    """What a stage leaves: the model, and the logits that it has in this process, for the check of the reload."""
+    save_model(model, prepared.processor, partial / "model")
+    model.eval()
+    with torch.no_grad():
+        logits = model(pixel_values=test_pixels(prepared)).logits
+    save_file({"logits": logits.float().contiguous()}, partial / "logits.safetensors")
+
+
+def start_stage(prepared: Prepared, partial: Path) -> dict[str, Any]:
+    """Keep the model from before the first stage, so that a continued run starts from the same weights."""
+    save_result(prepared, prepared.model, partial)
+    return {"stage": "start"}
+
+
+def run_stage(prepared: Prepared, folder: RunFolder, number: int) -> dict[str, Any]:
+    """Run stage ``number`` (from 1) in its partial folder.
+
+    Returns:
+        Notes for its ``done.json``.
+    """
+    index = number - 1
+    stage = prepared.recipe.stages[index]
+    partial = folder.begin(number, keep=isinstance(stage, Training))
+    if isinstance(stage, Training):
+        return _train(prepared, index, folder.model(index), partial)
+    if isinstance(stage, PruneStage):
+        return _prune(prepared, folder, index, partial)
+    if isinstance(stage, ExportStage):
+        return _export(prepared, stage, folder.model(index), partial)
+    if isinstance(stage, PushStage):
+        from ..hub.upload import push
+
+        return {"url": push(folder.path, stage.repo, private=stage.private)}
+    from .report import report
+
+    return report(prepared, folder, index, partial)
+
+
+def _train(prepared: Prepared, index: int, source: Path, partial: Path) -> dict[str, Any]:
+    from .training import accuracy, train
+
+    model = load_model(source)
+    callback, history = train(prepared, index, model, partial / "trainer")
+    if callback is not None:
+        tensors = {f"scores/{name}": value for name, value in callback.scores(model).items()}
+        if hasattr(callback, "support"):
+            tensors |= {f"support/{name}": value for name, value in callback.support(model).items()}
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "scores.safetensors")
+    write_json(partial / "history.json", history)
+    found = accuracy(model, prepared.split("validation"))
+    save_result(prepared, model, partial)
+    if (partial / "trainer" / "runs").exists():  # TensorBoard's files
+        shutil.move(partial / "trainer" / "runs", partial / "runs")
+    shutil.rmtree(partial / "trainer", ignore_errors=True)
+    return {"stage": prepared.recipe.stages[index].stage, "validation_accuracy": found}
+
+
+def _prune(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
+    from .training import accuracy
+
+    recipe, stage = prepared.recipe, prepared.recipe.stages[index]
+    assert isinstance(stage, PruneStage) and prepared.axes is not None
+    model = load_model(folder.model(index))
+    axes = find_axes(model, prepared.example_inputs)
+    slimming = scoring_stage(recipe, index) if stage.scores == "auto" else None
+    scores: Mapping[str, Tensor] = magnitude_scores(model, axes)
+    support: dict[str, Tensor] | None = None
+    if slimming is not None:
+        saved = load_file(folder.stage(slimming + 1) / "scores.safetensors")
+        scores = {name.removeprefix("scores/"): value for name, value in saved.items() if name.startswith("scores/")}
+        if stage.support:
+            support = {name[8:]: value for name, value in saved.items() if name.startswith("support/")}
+    try:
+        plan = choose(stage, axes, scores, dense=prepared.axes, support=support)
+        shrink(model, plan, axes=axes, fold_shift=stage.fold_shift, example_inputs=prepared.example_inputs)
+    except HfCompressError as error:
+        raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+    later = [other.stage for other in recipe.stages[index + 1 :]]
+    name = f"plan-{index + 1}.json" if "prune" in later else "plan.json"
+    (partial / "publish").mkdir()
+    (partial / "publish" / name).write_text(json.dumps(plan.to_json()) + "\n", encoding="utf-8")
+    macs, params = axes.cost(plan)
+    found = accuracy(model, prepared.split("validation"))
+    save_result(prepared, model, partial)
+    return {"stage": "prune", "macs": macs, "params": params, "validation_accuracy": found}
+
+
+def choose(
+    stage: PruneStage,
+    axes: AxisGraph,
+    scores: Mapping[str, Tensor],
+    *,
+    dense: AxisGraph,
+    support: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """The plan that a prune stage asks for.
+
+    Args:
+        axes: of the model that is cut.
+        dense: of the model before the first stage, whose cost a share refers to.
+        support: axis name -> bool [axis size], with ``support: true``.
+
+    Raises:
+        HfCompressError: as :func:`hf_compress.select`.
+    """
+    if stage.support:
+        return plan_from_support(axes, support or {}, scores, stage.min_keep, stage.round_to)
+    is_first = (dense.macs, dense.params) == (axes.macs, axes.params)
+
+    def budget(asked: float | None, whole: int) -> float | int | None:
+        if asked is None or (asked <= 1 and is_first):
+            return asked
+        return int(asked * whole) if asked <= 1 else int(asked)
+
+    return select(
+        axes,
+        scores,
+        macs=budget(stage.macs, dense.macs),
+        params=budget(stage.params, dense.params),
+        ratio=stage.ratio,
+        round_to=stage.round_to,
+        min_keep=stage.min_keep,
+        inexact=stage.inexact,
+    )
+
+
+def plan_from_support(
+    axes: AxisGraph, support: Mapping[str, Tensor], scores: Mapping[str, Tensor], min_keep: int = 1, round_to: int = 1
+) -> Plan:
+    """Keep what a method left nonzero, and of every axis at least ``min_keep`` indices, by score.
+
+    Axes that must keep equally many indices keep as many as the largest of them needs.
+    """
+    counts = {}
+    for name, mask in support.items():
+        wanted = max(int(mask.sum()), min_keep)
+        counts[name] = min(-(-wanted // round_to) * round_to, axes[name].size)
+    for tied in axes.sizes_tied:
+        most = max(counts.get(name, axes[name].size) for name in tied)
+        counts.update({name: most for name in tied if name in counts})
+    keep = {}
+    for name, count in counts.items():
+        ranked = sorted(
+            range(axes[name].size), key=lambda i: (bool(support[name][i]), float(scores[name][i])), reverse=True
+        )
+        keep[name] = tuple(sorted(ranked[:count]))
+    return Plan({name: kept for name, kept in keep.items() if len(kept) < axes[name].size}, axes)
+
+
+def _export(prepared: Prepared, stage: ExportStage, source: Path, partial: Path) -> dict[str, Any]:
+    from ..export import export_onnx
+
+    made = partial / "publish"
+    made.mkdir()
+    pixels = test_pixels(prepared)
+    export_onnx(
+        load_model(source).eval(),
+        made / "model.onnx",
+        {"pixel_values": pixels[:1]},
+        check_inputs={"pixel_values": pixels},
+        tolerance=stage.tolerance,
+    )
+    return {"stage": "export"}
+
+
+def test_pixels(prepared: Prepared, number: int = 64) -> Tensor:
+    """Real test images [n, 3, height, width], on which checks compare logits."""
+    split = prepared.split("test")
+    return split.__getitems__(range(min(number, len(split))))["pixel_values"]
+
+
+def unpruned_stages(prepared: Prepared) -> list[int]:
+    """Numbers of the training stages before the first prune, whose models are dense."""
+    numbers = []
+    for number, stage in enumerate(prepared.recipe.stages, 1):
+        if stage.stage == "prune":
+            break
+        if stage.stage in MODEL_STAGES:
+            numbers.append(number)
+    return numbers

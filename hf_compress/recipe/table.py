@@ -1,0 +1,61 @@
+"""The table at the end of a run: dense against compressed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+_ROWS = (
+    ("accuracy", "accuracy (test images)"),
+    ("params", "parameters"),
+    ("macs", "MACs, one image"),
+    ("bytes", "bytes on disk"),
+    ("latency_ms", "PyTorch, ms per image"),
+    ("onnx_latency_ms", "ONNX Runtime, ms per image"),
+)
+
+
+def comparison(metrics: dict[str, Any], title: str) -> Group:
+    """Dense against compressed with ratios, for rich's console; fits into 80 columns."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in ("dense", "compressed", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, label in _ROWS:
+        dense, small = metrics["dense"][key], metrics["compressed"][key]
+        if dense is None or small is None:
+            table.add_row(label, "-", "-", "not exported")
+        else:
+            table.add_row(label, _number(key, dense), _number(key, small), _change(key, dense, small))
+    lines = [
+        f"reloaded in a new process: largest difference of any logit {_difference(metrics['reload_max_abs_diff'])}"
+    ]
+    if metrics["onnx_max_abs_diff"] is not None:
+        lines.append(
+            f"ONNX against PyTorch: largest difference of any logit {_difference(metrics['onnx_max_abs_diff'])}"
+        )
+    return Group(table, Text("\n".join(lines), style="dim"))
+
+
+def _number(key: str, value: float) -> str:
+    if key == "accuracy":
+        return f"{100 * value:.2f} %"
+    return f"{value:.3f}" if key.endswith("_ms") else f"{value:,}"
+
+
+def _change(key: str, dense: float, small: float) -> str:
+    if key == "accuracy":
+        return f"{100 * (small - dense):+.2f} points"
+    share = small / dense if dense else 1.0
+    verb = "faster" if key.endswith("_ms") else "smaller"
+    opposite = "slower" if verb == "faster" else "larger"
+    factor, word = (1 / share, verb) if share <= 1 else (share, opposite)
+    return f"{factor:.2f}x {word}" if round(factor, 2) != 1 else "the same"
+
+
+def _difference(value: float) -> str:
+    return "0 (bit-identical)" if value == 0 else f"{value:.1e}"

@@ -1,0 +1,127 @@
+"""A run of seconds, and how to kill it at a chosen place."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "model": {
+        "config": {
+            "model_type": "resnet",
+            "layer_type": "basic",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+        }
+    },
+    "data": {
+        "name": "digits",
+        "image_size": 16,
+        "train_limit": 96,
+        "validation_limit": 32,
+        "test_limit": 32,
+        "crop_padding": 2,  # augmentation that depends on the epoch: a wrong epoch after a resume changes the weights
+        "horizontal_flip": True,
+    },
+    "training": {
+        "per_device_train_batch_size": 16,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "save_steps": 4,  # 6 steps to an epoch: checkpoints in the middle of epochs
+        "logging_steps": 3,
+        "disable_tqdm": False,
+    },
+    "stages": [
+        {"stage": "train", "epochs": 2, "lr_milestones": [0.5]},
+        {"stage": "network_slimming", "epochs": 2, "strength": 0.01},
+        {"stage": "prune", "macs": 0.5},
+        {"stage": "finetune", "epochs": 2},
+    ],
+}
+
+
+def tiny(**changes: Any) -> dict[str, Any]:
+    """A copy of the tiny recipe, with top-level fields replaced."""
+    return {**copy.deepcopy(TINY), **changes}
+
+
+def die() -> None:
+    """As sudden as a power cut: no handler, no clean-up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_and_die(recipe: dict[str, Any], output: Path, place: str) -> None:
+    """Run a recipe in this process and die at a place.
+
+    Args:
+        place: ``step:STAGE:N`` after optimizer step N of a stage; ``checkpoint:STAGE:N`` while the checkpoint of step N is
+            written; ``mark:STAGE:N`` after it is written and before it counts; ``finish:N`` before stage N is declared
+            complete; ``finished:N`` right after; ``publish`` while the result is copied to its place; ``none``.
+    """
+    import torch
+    from transformers import Trainer
+
+    from hf_compress.recipe import folder, run, training
+
+    torch.set_num_threads(1)
+    kind, _, rest = place.partition(":")
+    if kind in ("step", "checkpoint", "mark"):
+        stage, _, step = rest.partition(":")
+
+        def at(trainer_state: Any, args: Any) -> bool:
+            return f"-{stage}." in args.output_dir and trainer_state.global_step == int(step)
+
+    if kind == "step":
+
+        def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if at(state, args):
+                die()
+
+        training.CompleteCheckpoints.on_step_end = on_step_end
+    elif kind == "checkpoint":
+        save = Trainer._save_rng_state  # the last file but one of a checkpoint
+
+        def save_or_die(self: Any, output_dir: str) -> None:
+            if at(self.state, self.args):
+                die()
+            save(self, output_dir)
+
+        Trainer._save_rng_state = save_or_die
+    elif kind == "mark":
+        mark = training.CompleteCheckpoints.on_save
+
+        def mark_or_die(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if at(state, args):
+                die()
+            mark(self, args, state, control, **kwargs)
+
+        training.CompleteCheckpoints.on_save = mark_or_die
+    elif kind in ("finish", "finished"):
+        finish = folder.RunFolder.finish
+
+        def finish_or_die(self: Any, number: int, notes: dict[str, Any]) -> None:
+            if number != int(rest):
+                return finish(self, number, notes)
+            if kind == "finished":
+                finish(self, number, notes)
+            die()
+
+        folder.RunFolder.finish = finish_or_die
+    elif kind == "publish":
+        copied = []
+        copyfile = folder.shutil.copyfile
+
+        def copy_half(source: Any, target: Any) -> None:
+            if str(target).endswith("model.safetensors.partial"):
+                Path(target).write_bytes(Path(source).read_bytes()[:1000])
+                die()
+            copied.append(copyfile(source, target))
+
+        folder.shutil.copyfile = copy_half
+    run.run_recipe(recipe, output=output)
