@@ -287,5 +287,10 @@ def _example_inputs(name: str, model: Any, image_size: int | None) -> Any:
     return {"pixel_values": pixels.new_zeros((1, pixels.shape[1], *size))}
 
 
+def main() -> None:
+    """The entry point ``hf-compress``."""
+    app(prog_name="hf-compress")
+
+
 if __name__ == "__main__":
-    app()
+    main()

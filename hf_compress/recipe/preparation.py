@@ -34,10 +34,7 @@ from .source import closest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
-_NEEDED = {  # stage -> modules beyond the plain installation, and the extra that brings them
-    "export": (("onnx", "onnxscript", "onnxruntime"), "export"),
-    "report": (("matplotlib",), "export"),
-}
+_NEEDED = {"export": ("onnx", "onnxscript", "onnxruntime"), "report": ("matplotlib",)}  # stage -> modules
 
 
 @dataclass
@@ -118,12 +115,11 @@ def check_installation(recipe: Recipe) -> None:
         RecipeError, HubError: naming what is missing.
     """
     for index, stage in enumerate(recipe.stages):
-        modules, extra = _NEEDED.get(stage.stage, ((), ""))
-        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        missing = [name for name in _NEEDED.get(stage.stage, ()) if importlib.util.find_spec(name) is None]
         if missing:
             raise RecipeError(
                 f"{recipe.where('stages', index)}: the {stage.stage} stage needs {', '.join(missing)}, not installed. "
-                f"Run `pip install 'hf-compress[{extra}]'`, or leave the stage out."
+                f"Run `pip install {' '.join(missing)}`, or leave the stage out."
             )
         if stage.stage == "push":
             from huggingface_hub import get_token, is_offline_mode
