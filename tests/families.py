@@ -1,11 +1,14 @@
-"""The model families that every contract is tested on. One entry adds an architecture.
+"""The model families that contracts are tested on. One entry adds an architecture.
 
+``FAMILIES`` holds one of each kind and is what every contract is tested on; ``MORE_FAMILIES`` holds further ones, for the
+tests of axes alone.
 Each builder returns a small random model (float32, evaluation mode) and an input of batch size 2. Parameters and
 BatchNorm statistics are perturbed, so that no shift, scale or statistic is trivially zero or one.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -37,13 +40,15 @@ def images(size: int, channels: int = 3) -> Tensor:
 def _classifier(config: transformers.PretrainedConfig, size: int = 32) -> Callable[[], Built]:
     def build() -> Built:
         torch.manual_seed(0)
-        model = transformers.AutoModelForImageClassification.from_config(config)
+        model = transformers.AutoModelForImageClassification.from_config(copy.deepcopy(config))
         return perturb(model), images(size)
 
     return build
 
 
 def _timm(architecture: str, size: int, **arguments: object) -> Callable[[], Built]:
+    """A timm model in transformers' wrapper; ``arguments`` go to timm."""
+
     def build() -> Built:
         torch.manual_seed(0)
         config = transformers.TimmWrapperConfig(
@@ -165,4 +170,90 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "plain_cnn": _plain(PlainCnn, 16),
     "plain_dense": _plain(PlainDense, 12),
     "plain_preactivation": _plain(PlainPreActivation, 12),
+}  # fmt: skip
+
+_TINY_VIT = {
+    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40, "image_size": 32,
+    "patch_size": 8, **_LABELS,
+}  # fmt: skip
+
+MORE_FAMILIES: dict[str, Callable[[], Built]] = {
+    "deit": _classifier(transformers.DeiTConfig(architectures=["DeiTForImageClassification"], **_TINY_VIT)),
+    "dinov2": _classifier(transformers.Dinov2Config(mlp_ratio=2, **_TINY_VIT)),
+    "dinov2_swiglu": _classifier(transformers.Dinov2Config(mlp_ratio=2, use_swiglu_ffn=True, **_TINY_VIT)),
+    "dinov2_registers": _classifier(transformers.Dinov2WithRegistersConfig(mlp_ratio=2, **_TINY_VIT)),
+    "beit": _classifier(transformers.BeitConfig(use_relative_position_bias=True, **_TINY_VIT)),
+    "data2vec": _classifier(transformers.Data2VecVisionConfig(use_relative_position_bias=True, **_TINY_VIT)),
+    "clip": _classifier(transformers.CLIPConfig(vision_config=_TINY_VIT, **_LABELS)),
+    "siglip": _classifier(transformers.SiglipConfig(vision_config=_TINY_VIT, **_LABELS)),
+    "segformer": _classifier(
+        transformers.SegformerConfig(
+            hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4], **_LABELS
+        ),
+        64,
+    ),
+    "pvt_v2": _classifier(
+        transformers.PvtV2Config(
+            image_size=64, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 2, 2, 4],
+            mlp_ratios=[2, 2, 2, 2], **_LABELS,
+        ),
+        64,
+    ),
+    "swinv2": _classifier(
+        transformers.Swinv2Config(
+            image_size=32, patch_size=2, embed_dim=12, depths=[2, 1], num_heads=[2, 3], window_size=4, **_LABELS
+        )
+    ),
+    "hiera": _classifier(
+        transformers.HieraConfig(
+            image_size=[64, 64], embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], **_LABELS
+        ),
+        64,
+    ),
+    "levit": _classifier(
+        transformers.LevitConfig(
+            architectures=["LevitForImageClassification"], image_size=64, hidden_sizes=[16, 24, 32],
+            num_attention_heads=[2, 3, 4], depths=[1, 1, 1], key_dim=[8, 8, 8],
+            down_ops=[["Subsample", 8, 2, 4, 2, 2], ["Subsample", 8, 3, 4, 2, 2]], **_LABELS,
+        ),
+        64,
+    ),
+    "convnextv2": _classifier(
+        transformers.ConvNextV2Config(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], image_size=32, **_LABELS)
+    ),
+    "poolformer": _classifier(
+        transformers.PoolFormerConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], **_LABELS), 64
+    ),
+    "swiftformer": _classifier(
+        transformers.SwiftFormerConfig(image_size=64, depths=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], **_LABELS), 64
+    ),
+    "mobilenet_v1": _classifier(
+        transformers.MobileNetV1Config(image_size=32, depth_multiplier=0.1, min_depth=4, **_LABELS)
+    ),
+    "mobilevit": _classifier(
+        transformers.MobileViTConfig(
+            image_size=64, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 12, 16, 20, 24, 28, 48], **_LABELS
+        ),
+        64,
+    ),
+    "efficientnet": _classifier(
+        transformers.EfficientNetConfig(
+            image_size=32, width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320, kernel_sizes=[3, 3, 5],
+            in_channels=[32, 16, 24], out_channels=[16, 24, 40], strides=[1, 2, 2], num_block_repeats=[1, 2, 1],
+            expand_ratios=[1, 4, 4], **_LABELS,
+        )
+    ),
+    "bit": _classifier(
+        transformers.BitConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_groups=4, **_LABELS)
+    ),
+    "timm_mobilenetv3": _timm("mobilenetv3_small_050", 32),
+    "timm_convnext": _timm("convnext_atto", 32, dims=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
+    "timm_resnext": _timm(
+        "resnext50_32x4d", 32, layers=[1, 1, 1, 1], channels=[16, 16, 32, 32], cardinality=4, base_width=16, stem_width=8
+    ),
+    "timm_swin": _timm(
+        "swin_tiny_patch4_window7_224", 56, img_size=56, depths=[2, 1], embed_dim=12, num_heads=[2, 3]
+    ),
+    "timm_regnety": _timm("regnety_002", 32),
+    "timm_efficientnet": _timm("lcnet_050", 32),
 }  # fmt: skip

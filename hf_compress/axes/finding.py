@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import random
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .algebra import (
     Polynomial,
     add_into,
     find,
+    flag,
     freeze,
     is_fixed,
     leaves,
@@ -30,15 +32,21 @@ from .algebra import (
 )
 from .attributes import HEAD_COUNT_ATTRIBUTES
 from .graph import AttributeLaw, Axis, AxisGraph, Contraction, Member, SizeLaw
-from .provenance import AttributeKey, TracedInt, evaluate, traced_attributes
+from .provenance import AttributeKey, TracedInt, evaluate, origins, traced_attributes, watched_logarithms
 from .tracing import Tracer, overlaps, tensors_in
 
 Inputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor] | None
 
 _SHAPE_ATTRIBUTES = {
-    "in_features", "out_features", "in_channels", "out_channels", "num_features", "normalized_shape",
-    "num_channels", "embedding_dim",
+    "in_features": 1, "out_features": 0, "in_channels": 1, "out_channels": 0, "num_features": 0, "normalized_shape": 0,
+    "num_channels": 0, "embedding_dim": 1,
 }  # fmt: skip
+"""Attributes of standard layers that follow from the weight's shape: which dimension they measure."""
+
+
+def is_standard(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own layers."""
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
@@ -84,33 +92,26 @@ def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
 
     Args:
         model: any module that runs eagerly.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs, batch size 1. Built from
-            the model's configuration when not given.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs. The first dimension counts
+            examples and only the first example is run. Built from the model's configuration when not given.
 
     Raises:
-        ModelError: when the model cannot be run on the inputs.
+        ModelError: when the model cannot be run on the inputs, or they disagree about the number of examples.
 
     Warns:
         UserWarning: once, naming every operator without a rule, whose axes stay whole.
     """
     if example_inputs is None:
         example_inputs = example_inputs_for(model)
-    tracer = Tracer(model)
-    with _undisturbed(model), traced_attributes(model, tracer.watcher), torch.no_grad():
-        for tensor in tensors_in(example_inputs):
-            for dim in tracer.value(tensor).dims:
-                freeze(dim, "model input")
-        with tracer:
-            try:
-                output = run_model(model, example_inputs)
-            except Exception as error:
-                raise ModelError(
-                    f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Pass "
-                    "example_inputs that the model accepts."
-                ) from error
-    for tensor in tensors_in(_plain(output)):
+    example_inputs = _one_example(example_inputs)
+    tracer, output = _watch(model, example_inputs)
+    if tracer.unexplained:  # what a function keeps from an earlier call is the same object again, and so a constant
+        tracer, output = _watch(model, example_inputs, tracer.unexplained)
+    for tensor in _outputs(output, set()):
         if tracer.knows(tensor):
-            for dim in tracer.value(tensor).dims:
+            value = tracer.value(tensor)
+            value.readers.append(("output", ""))
+            for dim in value.dims:
                 freeze(dim, "model output")
     if tracer.without_rule:
         met = ", ".join(f"{name} (in {path or 'the model'})" for name, path in sorted(tracer.without_rule.items()))
@@ -118,12 +119,64 @@ def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
     return _build(model, tracer)
 
 
-def _plain(output: Any) -> Any:
-    if isinstance(output, Mapping):
-        return dict(output)
-    if hasattr(output, "__dict__") and not isinstance(output, Tensor):
-        return vars(output)
-    return output
+def _watch(model: nn.Module, inputs: Any, constants: Sequence[Tensor] = ()) -> tuple[Tracer, Any]:
+    """One watched forward pass; also what the model returned."""
+    tracer = Tracer(model, constants)
+    with (
+        undisturbed(model),
+        _uncompiled(),
+        traced_attributes(model, tracer.watcher),
+        watched_logarithms(),
+        torch.no_grad(),
+    ):
+        for tensor in tensors_in(inputs):
+            for dim in tracer.value(tensor).dims:
+                freeze(dim, "model input")
+        with tracer:
+            try:
+                return tracer, run_model(model, inputs)
+            except Exception as error:
+                raise ModelError(
+                    f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Pass "
+                    "example_inputs that the model accepts."
+                ) from error
+
+
+def _outputs(output: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor in what a model returned, also inside plain objects."""
+    if id(output) in seen:
+        return
+    seen.add(id(output))
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from (tensor for item in output.values() for tensor in _outputs(item, seen))
+    elif isinstance(output, (tuple, list, set)):
+        yield from (tensor for item in output for tensor in _outputs(item, seen))
+    elif hasattr(output, "__dict__") and not isinstance(output, (type, nn.Module)):
+        yield from _outputs(vars(output), seen)
+
+
+def _one_example(inputs: Any) -> Any:
+    """The first example of a batch: costs are those of one example, and a batch of one cannot hide a broadcast."""
+    tensors = tensors_in(inputs)
+    batch = {int(tensor.shape[0]) for tensor in tensors if tensor.dim() > 1}
+    if batch <= {1}:
+        return inputs
+    if len(batch) > 1:
+        raise ModelError(
+            f"the example inputs have first dimensions {sorted(batch)}, so it is not clear which one counts examples. "
+            "Pass inputs for one example, with a first dimension of 1."
+        )
+
+    def first(nested: Any) -> Any:
+        if isinstance(nested, Tensor):
+            return nested[:1] if nested.dim() and int(nested.shape[0]) in batch else nested
+        if isinstance(nested, Mapping):
+            return {key: first(value) for key, value in nested.items()}
+        return tuple(first(value) for value in nested) if isinstance(nested, (tuple, list)) else nested
+
+    return first(inputs)
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
@@ -136,36 +189,45 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs)
 
 
+def _uncompiled() -> AbstractContextManager[None]:
+    """Compiled modules run as they were written; nothing is loaded for it that no compiled module has loaded before."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 @contextmanager
-def _undisturbed(model: nn.Module) -> Any:
-    """Evaluation mode for the duration; modes, caches kept on modules and random states come back."""
-    modes = {module: module.training for module in model.modules()}
-    caches = [
-        (vars(module), name, dict(value) if isinstance(value, dict) else list(value))
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, (dict, list)) and not name.startswith("_")
+def undisturbed(model: nn.Module) -> Any:
+    """Evaluation mode for the duration; modes, attributes, caches, buffers and random states come back."""
+    namespaces = [(vars(module), dict(vars(module))) for module in model.modules()]
+    containers = [
+        (value, dict(value) if isinstance(value, dict) else list(value))
+        for _, saved in namespaces
+        for name, value in saved.items()
+        if type(value) in (dict, list) and (not name.startswith("_") or name in ("_parameters", "_buffers"))
     ]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     random_state, torch_state = random.getstate(), torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     # a tensor that an earlier evaluation cached on a module would hide the parameter that it was made from
-    emptied = []
-    for namespace, name, content in caches:
-        if content and isinstance(content, dict) and all(isinstance(item, Tensor) for item in content.values()):
-            emptied.append((namespace, name, content))
-            namespace[name] = {}
+    for namespace, saved in namespaces:
+        for name, value in saved.items():
+            if type(value) is dict and not name.startswith("_") and value:
+                if all(isinstance(item, Tensor) for item in value.values()):
+                    namespace[name] = {}
     model.eval()
     try:
         yield
     finally:
-        for namespace, name, content in emptied:
-            namespace[name] = content
-        for namespace, name, content in caches:
-            current = namespace.get(name)
-            if isinstance(current, dict) and not content:
-                current.clear()
-        for module, mode in modes.items():
-            module.training = mode
+        for namespace, saved in namespaces:
+            for name in set(namespace) - set(saved):
+                del namespace[name]
+            namespace.update(saved)
+        for container, content in containers:
+            container.clear()
+            container.update(content) if isinstance(container, dict) else container.extend(content)
+        with torch.no_grad():
+            for buffer, values in buffers:
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
         random.setstate(random_state)
         torch.set_rng_state(torch_state)
         if cuda_state is not None:
@@ -178,7 +240,8 @@ def _undisturbed(model: nn.Module) -> Any:
 class _Ties:
     """Which attribute measures which dimensions, and which leaves must stay equal in size."""
 
-    def __init__(self, tracer: Tracer):
+    def __init__(self, model: nn.Module, tracer: Tracer):
+        self.modules = dict(model.named_modules())
         self.tracer = tracer
         self.measured: dict[AttributeKey, list[Index]] = {}
         self.expressions: list[tuple[TracedInt, Index, str]] = []
@@ -203,33 +266,44 @@ class _Ties:
         if isinstance(value.origin, Index):
             unify(value.origin, dim)
         elif isinstance(value.origin, AttributeKey):
-            self.measured.setdefault(value.origin, []).append(dim)
+            self._dims_of(value.origin).append(dim)
         else:
             self.expressions.append((value, dim, module))
+            self._learn(value)
+
+    def _learn(self, value: int) -> None:
+        for origin in origins(value):
+            if isinstance(origin, AttributeKey):
+                self._dims_of(origin)
+
+    def _dims_of(self, key: AttributeKey) -> list[Index]:
+        """The dimensions that an attribute measures; those of a standard layer measure its own parameters."""
+        if key not in self.measured:
+            self.measured[key] = []
+            module = self.modules[key.module]
+            weight = self.tracer.parameters.get(f"{key.module}.weight" if key.module else "weight")
+            if weight is not None and is_standard(module) and key.name in _SHAPE_ATTRIBUTES:
+                at = _SHAPE_ATTRIBUTES[key.name] if key.item is None else key.item
+                if key.name.endswith("_channels") and getattr(module, "transposed", False):
+                    at = 1 - at
+                if at < len(weight.dims):
+                    # with groups the weight counts fewer channels than the attribute: freezing is the safe answer
+                    self.measured[key].append(weight.dims[at])
+        return self.measured[key]
 
     def _mark_scale(self, value: int) -> None:
-        if not isinstance(value, TracedInt):
-            return
-        origin = value.origin
-        nodes = (
-            [origin]
-            if isinstance(origin, Index)
-            else self.measured.get(origin, [])
-            if isinstance(origin, AttributeKey)
-            else []
-        )
-        for node in nodes:
-            for leaf in leaves(node):
-                leaf.flags |= {"scale"}
-        if not isinstance(origin, (Index, AttributeKey)):
-            self._mark_scale(origin.left)
-            self._mark_scale(origin.right)
+        for origin in origins(value):
+            for node in [origin] if isinstance(origin, Index) else self._dims_of(origin):
+                flag(node, "scale")
 
     def _tie_sizes(self, a: Index, b: Index, key: AttributeKey) -> None:
         a, b = find(a), find(b)
         if a is b:
             return
-        if a.form == b.form == "atom" and not a.frozen and not b.frozen:
+        if a.size != b.size:  # the attribute of a grouped layer counts what its weight does not
+            for node in (a, b):
+                freeze(node, f"measured by {key.module}.{key.name}")
+        elif a.form == b.form == "atom" and not a.frozen and not b.frozen:
             self.equal.append((a, b))
         elif is_fixed(a) or is_fixed(b):
             for node in (a, b):
@@ -251,19 +325,24 @@ class _Ties:
         return [group for group in groups if len(group) > 1 and not any(leaf.frozen for leaf in group)]
 
     def _check_expressions(self) -> None:
-        """Freeze a dimension whose integer does not follow it, tested on random sizes."""
+        """Freeze a dimension whose integer does not follow it, and what the integer is made of; tested on random sizes."""
         draw = random.Random(0)
-        for _ in range(5):
+        pending = list(self.expressions)
+        changed = True
+        while changed:
             changed = False
             groups = self.size_groups()
-            for value, dim, module in self.expressions:
-                if is_fixed(dim):
-                    continue
-                if not all(self._holds(value, dim, groups, draw) for _ in range(3)):
-                    freeze(dim, f"integer arithmetic in the forward pass of {module or 'the model'}")
+            for expression in list(pending):
+                value, dim, module = expression
+                nodes = [dim]
+                for origin in origins(value):
+                    nodes += [origin] if isinstance(origin, Index) else self._dims_of(origin)
+                if all(is_fixed(node) for node in nodes):
+                    pending.remove(expression)
+                elif not all(self._holds(value, dim, groups, draw) for _ in range(3)):
+                    for node in nodes:
+                        freeze(node, f"integer arithmetic in the forward pass of {module or 'the model'}")
                     changed = True
-            if not changed:
-                return
 
     def _holds(self, value: TracedInt, dim: Index, groups: list[set[Index]], draw: random.Random) -> bool:
         sizes: dict[Index, int] = {}
@@ -274,7 +353,7 @@ class _Ties:
             for group in groups:
                 if leaf in group:
                     leaf = min(group, key=lambda item: item.serial)
-            return sizes.setdefault(leaf, leaf.size * draw.randint(2, 97))
+            return sizes.setdefault(leaf, draw.randint(1, 997))
 
         def size(node: Index) -> int:
             node = find(node)
@@ -290,16 +369,19 @@ class _Ties:
             nodes = self.measured.get(key)
             return size(nodes[0]) if nodes else dense
 
-        return evaluate(value, attribute, size) == size(dim)
+        try:
+            return evaluate(value, attribute, size) == size(dim)
+        except ZeroDivisionError:
+            return False
 
 
 def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
-    ties = _Ties(tracer)
+    ties = _Ties(model, tracer)
     ties.collect()
     for summed, dirty in tracer.zero_checks:
-        common = set.intersection(*(overlaps(item, summed) for item in dirty))
-        for leaf in common:
+        for leaf in set.intersection(*(overlaps(item, summed) for item in dirty)):
             leaf.flags |= {"offset"}
+    consumed = tracer.consumed
     groups = ties.size_groups()
 
     members: dict[Index, list[Member]] = {}
@@ -314,7 +396,8 @@ def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
                 members.setdefault(leaf, []).append(Member(name, dim, torch.from_numpy(where.copy())))
 
     float_parameters = {name for name, p in model.named_parameters() if p.is_floating_point()}
-    names = _names(members, tracer.consumed, float_parameters)
+    floats = float_parameters | {name for name, b in model.named_buffers() if b.is_floating_point()}
+    names = _names(members, consumed, float_parameters)
     ordered = list(names)
     place = {leaf: i for i, leaf in enumerate(ordered)}
     labels, dense = [names[leaf] for leaf in ordered], [leaf.size for leaf in ordered]
@@ -346,9 +429,7 @@ def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
     for leaf in ordered:
         name = names[leaf]
         found_members = tuple(members[leaf])
-        producers = tuple(
-            m for m in found_members if m.parameter in float_parameters and (m.parameter, m.dim) not in tracer.consumed
-        )
+        producers = tuple(m for m in found_members if m.parameter in floats and (m.parameter, m.dim) not in consumed)
         scales = tuple(m for m in found_members if m.parameter in scale_names and _is_whole(m, leaf, tracer))
         axes[name] = Axis(
             name=name,
@@ -421,33 +502,29 @@ def _attribute_laws(
     model: nn.Module, ties: _Ties, names: dict[Index, str], law: Any, axes: dict[str, Axis]
 ) -> list[AttributeLaw]:
     laws: list[AttributeLaw] = []
-    seen: set[tuple[str, str]] = set()
     modules = dict(model.named_modules())
     for key, dims in ties.measured.items():
+        if not dims:
+            continue
         node = find(dims[0])
         if is_fixed(node) or not any(leaf in names for leaf in leaves(node)):
             continue
-        is_standard = type(modules[key.module]).__module__.startswith("torch.nn.")
-        if is_standard and key.name in _SHAPE_ATTRIBUTES:
+        if is_standard(modules[key.module]) and key.name in _SHAPE_ATTRIBUTES:
             continue  # follows from the new parameter shapes
         laws.append(AttributeLaw(key.module, key.name, key.item, law(size_polynomial(node))))
-        seen.add((key.module, key.name))
     # counts of heads that the forward pass infers from a shape: kept true for whoever reads them
-    for leaf, name in names.items():
-        if leaf.role != "heads":
+    counters = [(path, module, HEAD_COUNT_ATTRIBUTES & set(vars(module))) for path, module in modules.items()]
+    heads = {leaf: {m.parameter for m in axes[name].members} for leaf, name in names.items() if leaf.role == "heads"}
+    for path, module, attributes in counters:
+        if not attributes:
             continue
-        inside = {m.parameter for m in axes[name].members}
-        for path, module in modules.items():
-            prefix = f"{path}." if path else ""
-            own = {p for p in inside if p.startswith(prefix)}
-            if not own or (len(own) < len(inside) - 1 and not any(p.startswith(prefix) for p in inside)):
-                continue
-            others = [n for n, a in axes.items() if n != name and n.endswith(":heads")]
-            if any(m.parameter.startswith(prefix) for n in others for m in axes[n].members):
-                continue  # a stack of several attention layers: its attribute speaks for all of them
-            for attribute in HEAD_COUNT_ATTRIBUTES & set(vars(module)):
-                value = vars(module)[attribute]
-                if type(value) is int and value == leaf.size and (path, attribute) not in seen:
-                    laws.append(AttributeLaw(path, attribute, None, law({(leaf,): 1})))
-                    seen.add((path, attribute))
+        prefix = f"{path}." if path else ""
+        inside = [leaf for leaf, parameters in heads.items() if any(p.startswith(prefix) for p in parameters)]
+        if len(inside) != 1:
+            continue  # in a stack of several attention layers an attribute speaks for all of them
+        for attribute in attributes:
+            value = vars(module)[attribute]
+            is_unread = AttributeKey(path, attribute, None) not in ties.measured
+            if type(value) is int and value == inside[0].size and is_unread:
+                laws.append(AttributeLaw(path, attribute, None, law({(inside[0],): 1})))
     return laws

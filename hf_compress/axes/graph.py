@@ -54,7 +54,8 @@ class Axis:
             holds several axes.
         size: number of indices.
         members: every parameter dimension that the axis touches.
-        producers: the members that make the values; zeroing them at an index masks it.
+        producers: the members that make the values, parameters or buffers (the shift of a frozen norm); zeroing them at
+            an index masks it.
         scales: one-dimensional learned factors, one number per index (a BatchNorm weight, a layer scale).
         is_exact: whether removing an index equals masking it.
         reasons: why it is not exact; empty when it is.

@@ -2,11 +2,14 @@
 
 ``x.view(batch, tokens, self.head_dim)`` says which attribute must change with an axis, but only to somebody who can see
 that the third integer was read from ``head_dim``. While a forward pass is watched, the width attributes of all modules
-are :class:`TracedInt`, as are the items of every ``tensor.shape``; arithmetic on them builds an expression.
+are :class:`TracedInt`, as are the items of every ``tensor.shape``; arithmetic on them builds an expression, and a use as
+a real number (``1 / sqrt(head_dim)``) is noted. One thing cannot be seen: a float that comes first in an operation
+(``0.5 * width``) computes with an int without asking it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -90,6 +93,12 @@ class TracedInt(int):
     def __rfloordiv__(self, other: Any) -> Any:
         return self._combine(other, int.__floordiv__, swapped=True)
 
+    def __mod__(self, other: Any) -> Any:
+        return self._combine(other, int.__mod__)
+
+    def __neg__(self) -> Any:
+        return self._combine(0, int.__sub__, swapped=True)
+
     def __truediv__(self, other: Any) -> Any:
         self.watcher.real.append(self)
         return int(self) / other
@@ -113,6 +122,10 @@ class TracedInt(int):
     def __int__(self) -> int:
         return int.__int__(self)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **settings: Any) -> Any:
+        self.watcher.real.append(self)  # numpy.sqrt(width)
+        return getattr(ufunc, method)(*(int(x) if isinstance(x, TracedInt) else x for x in inputs), **settings)
+
     def __eq__(self, other: object) -> bool:
         equal = int.__eq__(self, other)  # type: ignore[operator]
         if equal is True and isinstance(other, TracedInt):
@@ -134,6 +147,16 @@ class TracedInt(int):
         return (int, (int(self),))
 
 
+def origins(value: Any) -> Iterator[Index | AttributeKey]:
+    """The axes and attributes that an integer was computed from."""
+    if isinstance(value, TracedInt):
+        if isinstance(value.origin, Expression):
+            yield from origins(value.origin.left)
+            yield from origins(value.origin.right)
+        else:
+            yield value.origin
+
+
 def evaluate(value: int, attribute: Callable[[AttributeKey, int], int], size: Callable[[Index], int]) -> int:
     """The value an integer would have for other sizes; plain integers are constants."""
     if not isinstance(value, TracedInt):
@@ -144,6 +167,32 @@ def evaluate(value: int, attribute: Callable[[AttributeKey, int], int], size: Ca
     if isinstance(origin, AttributeKey):
         return attribute(origin, int(value))
     return origin.function(evaluate(origin.left, attribute, size), evaluate(origin.right, attribute, size))
+
+
+_LOGARITHMS = ("log", "log2", "log10", "isqrt")  # these read an int without asking it
+
+
+@contextmanager
+def watched_logarithms() -> Iterator[None]:
+    """Let ``math.log`` and its kin report traced integers, as ``math.sqrt`` does through ``__float__``."""
+    originals = {name: getattr(math, name) for name in _LOGARITHMS}
+
+    def reporting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            for value in args:
+                if isinstance(value, TracedInt):
+                    value.watcher.real.append(value)
+            return original(*args)
+
+        return function
+
+    try:
+        for name, original in originals.items():
+            setattr(math, name, reporting(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(math, name, original)
 
 
 @contextmanager

@@ -32,17 +32,26 @@ from .algebra import (
     unify,
 )
 from .provenance import TracedInt
-from .tracing import PASSIVE, Call, Contraction, NoRule, Value, dirty_leaves, plain_shape, rule
+from .tracing import LAYOUT, PASSIVE, Call, Contraction, NoRule, Value, dirty_leaves, overlaps, plain_shape, rule
 
 PASSIVE.update(
     """
     dtype.__get__ device.__get__ ndim.__get__ dim requires_grad.__get__ is_cuda.__get__ is_cpu.__get__ is_meta.__get__
     is_mps.__get__ is_xpu.__get__ is_xla.__get__ is_mkldnn.__get__ is_quantized.__get__ is_nested.__get__
-    is_floating_point is_complex is_contiguous stride storage_offset data_ptr element_size numel nelement get_device
+    is_floating_point is_complex is_contiguous stride storage_offset data_ptr element_size get_device __len__
     is_sparse.__get__ layout.__get__ grad.__get__ grad_fn.__get__ is_leaf.__get__ names.__get__ itemsize.__get__
-    _version.__get__ is_tensor item tolist __bool__ bool int __int__ __float__ __index__ index_ numpy is_same_size
+    _version.__get__ is_tensor item index is_same_size is_nonzero is_view _base.__get__ nbytes.__get__
     allclose equal is_inference is_signed hash retain_grad register_hook backward requires_grad is_grad_enabled
-    is_autocast_enabled set_grad_enabled format repr str contains is_conj is_neg result_type can_cast promote_types
+    is_autocast_enabled set_grad_enabled format repr str __contains__ is_conj is_neg result_type can_cast promote_types
+    untyped_storage storage storage_type is_shared is_pinned is_distributed has_names dense_dim sparse_dim
+    output_nr.__get__ retains_grad.__get__ grad_dtype.__get__ requires_grad.__set__ grad.__set__
+    """.split()
+)
+LAYOUT.update(
+    """
+    to type float double half bfloat16 contiguous detach clone type_as cpu cuda data.__get__ view reshape view_as
+    reshape_as flatten unflatten permute transpose swapaxes swapdims t T.__get__ mT.__get__ H.__get__ movedim moveaxis
+    unsqueeze squeeze split split_with_sizes tensor_split chunk unbind select narrow __getitem__
     """.split()
 )
 
@@ -93,42 +102,63 @@ def _same(call: Call, dirty: bool = False) -> Value:
 
 
 @rule(
-    "relu relu6 gelu silu swish tanh hardtanh leaky_relu rrelu elu selu celu hardswish mish dropout dropout2d "
-    "feature_dropout alpha_dropout abs neg negative sqrt square contiguous to type float double half bfloat16 clone "
-    "detach sin sinh asinh tan atan erf expm1 log1p round floor ceil trunc sign softsign tanhshrink softshrink "
-    "hardshrink nan_to_num type_as cpu cuda long requires_grad_ identity conj real relu_ positive data.__get__",
-    "input",
+    "relu relu6 gelu silu swish tanh leaky_relu rrelu elu selu celu hardswish mish dropout dropout1d dropout2d dropout3d "
+    "feature_dropout alpha_dropout feature_alpha_dropout abs neg negative sqrt square contiguous to type float double "
+    "half bfloat16 bool int long short clone detach sin sinh asinh tan atan erf expm1 log1p round floor ceil trunc sign "
+    "softsign tanhshrink softshrink hardshrink nan_to_num type_as cpu cuda identity conj real positive data.__get__",
+    "input *like",
 )
 def keeps_zero(call: Call) -> Value:
-    value = _same(call)
-    name = call.value("input").name
-    if name is not None and call.name in ("to", "type", "float", "double", "half", "type_as", "contiguous", "detach"):
-        value.name = name  # a cast parameter is still that parameter
-    return value
+    if call["like"] and call.name not in ("to", "type_as") and isinstance(call["like"][0], Tensor):
+        raise NoRule("a tensor as its setting")
+    return _same(call)
 
 
 @rule(
     "sigmoid hardsigmoid exp exp2 log log2 log10 cos cosh acos rsqrt reciprocal softplus logsigmoid logical_not bitwise_not "
-    "isnan isinf isfinite erfc digamma ones_like",
+    "invert isnan isinf isfinite erfc digamma ones_like",
     "input",
 )
 def loses_zero(call: Call) -> Value:
     return _same(call, dirty=True)
 
 
-@rule("zeros_like empty_like rand_like randn_like full_like", "input")
+@rule("zeros_like empty_like rand_like randn_like full_like", "input fill_value")
 def like(call: Call) -> Value:
     return _same(call, dirty=call.name != "zeros_like")
 
 
-@rule("clamp clip clamp_min clamp_max threshold", "input min max")
+@rule("clamp clip clamp_min clamp_max", "input min max")
 def clamp(call: Call) -> Value:
     low, high = call["min"], call["max"]
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         raise NoRule("tensor bounds")
-    if call.name == "clamp_max":
+    if call.name == "clamp_max" and high is None:
         low, high = None, low
     return _same(call, dirty=(low is not None and low > 0) or (high is not None and high < 0))
+
+
+@rule("hardtanh", "input min_val max_val")
+def hardtanh(call: Call) -> Value:
+    low, high = call["min_val"], call["max_val"]
+    return _same(call, dirty=(low is not None and low > 0) or (high is not None and high < 0))
+
+
+@rule("threshold", "input threshold value")
+def threshold(call: Call) -> Value:
+    return _same(call, dirty=call["threshold"] >= 0 and call["value"] != 0)
+
+
+@rule("glu", "input dim")
+def glu(call: Call) -> Value:
+    x = call.value("input")
+    dims = list(x.dims)
+    position = -1 if call["dim"] is None else call["dim"]
+    half = dims[position].size // 2
+    first, gate = cut(dims[position], (half, half))
+    unify(first, gate)
+    dims[position] = first
+    return Value(dims, x.dirty)
 
 
 @rule("prelu", "input weight")
@@ -140,16 +170,14 @@ def prelu(call: Call) -> Value:
 
 
 @rule(
-    "add sub rsub mul multiply div divide true_divide truediv rdiv floordiv floor_divide mod remainder fmod pow rpow "
-    "maximum minimum max min eq ne lt le gt ge and or xor logical_and logical_or bitwise_and bitwise_or atan2 subtract",
+    "add sub rsub mul multiply div divide true_divide truediv rdiv rtruediv floordiv rfloordiv floor_divide mod rmod "
+    "remainder fmod pow rpow maximum minimum eq ne lt le gt ge and or xor logical_and logical_or bitwise_and bitwise_or atan2 subtract",
     "input other",
 )
-def binary(call: Call) -> Value | list[Value]:
+def binary(call: Call) -> Value:
     a, b = call["input"], call["other"]
-    if call.name in ("max", "min") and not isinstance(b, Tensor):
-        return reduce(Call(call.name, {**call.args, "dim": b}, call.output, call.tracer))
     sizes = plain_shape(call.output)
-    zero_from_both = call.name in ("add", "sub", "rsub", "subtract", "maximum", "minimum")
+    zero_from_both = call.name in ("add", "sub", "rsub", "subtract", "maximum", "minimum", "max", "min")
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         tensor, number = (a, b) if isinstance(a, Tensor) else (b, a)
         value = call.tracer.value(tensor)
@@ -159,42 +187,55 @@ def binary(call: Call) -> Value | list[Value]:
         multiplies = call.name in ("mul", "multiply") or (
             is_left and call.name in ("div", "divide", "true_divide", "truediv", "floordiv", "floor_divide")
         )
-        powers = call.name == "pow" and is_left and not isinstance(number, Tensor) and number > 0
+        powers = call.name == "pow" and is_left and number > 0
         harmless = multiplies or powers or (zero_from_both and number == 0)
         return Value(list(value.dims), value.dirty if harmless else dirty_leaves(*value.dims))
     left, right = call.tracer.value(a), call.tracer.value(b)
     dims, (aligned_a, aligned_b) = _broadcast([left, right], sizes)
     if call.name in ("mul", "multiply", "and", "logical_and", "bitwise_and"):
         for tensor, value, other in ((a, left, right), (b, right, left)):
-            if value.name is not None and sum(dim.size > 1 for dim in value.dims) == 1 and len(other.dims) > 1:
+            if value.stored is not None and sum(dim.size > 1 for dim in value.dims) == 1 and len(other.dims) > 1:
                 call.tracer.mark_scale(tensor)
         return Value(dims, _dirty_after_product(left, right, list(zip(aligned_a, aligned_b, strict=True))))
     if call.name in ("div", "divide", "true_divide", "truediv"):
-        # 0 / 0 where the divisor shares the axis; otherwise a quotient is zero where its numerator is
-        shares = [y for y in aligned_b if y is not None and y.size > 1]
-        return Value(dims, left.dirty | dirty_leaves(*shares))
+        # a quotient is zero where its numerator is, but 0 / 0 where the divisor is zero there as well
+        divisor = dirty_leaves(*[y for y in aligned_b if y is not None])
+        return Value(dims, left.dirty | (divisor - {leaf for item in right.dirty for leaf in leaves(item)}))
     if zero_from_both:
-        # a broadcast operand is not zero at the masked index
-        alone = [
-            x if x is not None and x.size > 1 else y
-            for x, y in zip(aligned_a, aligned_b, strict=True)
-            if (x is None or x.size == 1) != (y is None or y.size == 1)
-        ]
-        return Value(dims, left.dirty | right.dirty | dirty_leaves(*[dim for dim in alone if dim is not None]))
+        return Value(dims, _dirty_after_sum(dims, [left, right]))
     return Value(dims, dirty_leaves(*dims))
+
+
+def _dirty_after_sum(dims: list[Index], summands: list[Value]) -> frozenset[Index]:
+    """Dirty leaves of a sum, or of a choice between: a broadcast operand is not zero at a masked index."""
+    alone = [
+        dim
+        for place, dim in enumerate(reversed(dims), start=1)
+        if dim.size > 1 and any(len(v.dims) < place or v.dims[-place].size == 1 for v in summands)
+    ]
+    return frozenset().union(*(value.dirty for value in summands), dirty_leaves(*alone))
 
 
 @rule("where", "condition input other")
 def where(call: Call) -> Value:
-    tensors = [call[key] for key in ("condition", "input", "other") if isinstance(call[key], Tensor)]
-    dims, _ = _broadcast([call.tracer.value(tensor) for tensor in tensors], plain_shape(call.output))
-    return Value(dims, dirty_leaves(*dims))
+    if call["input"] is None:
+        raise NoRule("a list of positions")
+    values, choices, dirty = [call.value("condition")], [], False
+    for option in (call["input"], call["other"]):
+        if isinstance(option, Tensor):
+            choices.append(call.tracer.value(option))
+        else:
+            dirty = dirty or option != 0
+    dims, _ = _broadcast(values + choices, plain_shape(call.output))
+    return Value(dims, dirty_leaves(*dims) if dirty or not choices else _dirty_after_sum(dims, choices))
 
 
 @rule("masked_fill", "input mask value")
 def masked_fill(call: Call) -> Value:
-    dims, _ = _broadcast([call.value("input"), call.value("mask")], plain_shape(call.output))
-    return Value(dims, dirty_leaves(*dims))
+    x = call.value("input")
+    dims, _ = _broadcast([x, call.value("mask")], plain_shape(call.output))
+    is_zero = isinstance(call["value"], (int, float)) and call["value"] == 0
+    return Value(dims, _dirty_after_sum(dims, [x]) if is_zero else dirty_leaves(*dims))
 
 
 @rule("lerp addcmul addcdiv", "input tensor1 tensor2")
@@ -221,13 +262,22 @@ def linear(call: Call) -> Value:
     unify(x.dims[-1], summed)
     call.tracer.consume(call["weight"], len(weight.dims) - 1)
     call.tracer.needs_zero(summed, x.dirty)
-    if isinstance(call["bias"], Tensor) and out is not None:
-        unify(out, call.value("bias").dims[0])
     dims = [*x.dims[:-1], *([out] if out is not None else [])]
     call.tracer.count(1, *dims, summed)
-    result = Value(dims, _without(x.dirty, summed))
+    dirty = _without(x.dirty, summed)
+    result = Value(dims, dirty | _dirty_outputs(call, out) if out is not None else dirty)
     _note_contraction(call, weight, summed, len(weight.dims) - 1, False, result)
     return result
+
+
+def _dirty_outputs(call: Call, out: Index) -> frozenset[Index]:
+    """Dirty output indices of a layer: those of a weight or bias that is not masked itself (a sigmoid of one)."""
+    dirty = call.value("weight").dirty
+    if isinstance(call["bias"], Tensor):
+        bias = call.value("bias")
+        unify(out, bias.dims[0])
+        dirty = dirty | bias.dirty
+    return frozenset(overlaps(dirty, out)) if dirty else dirty
 
 
 def _without(dirty: frozenset[Index], summed: Index) -> frozenset[Index]:
@@ -285,25 +335,17 @@ def convolution(call: Call) -> Value:
         call.tracer.needs_zero(summed, x.dirty)
     for position in range(2, len(weight.dims)):
         freeze(weight.dims[position], "kernel size")
-    if isinstance(call["bias"], Tensor):
-        unify(out, call.value("bias").dims[0])
     sizes = plain_shape(call.output)
     kernel = prod(dim.size for dim in weight.dims[2:])
     dims = [*x.dims[: -spatial - 1], out, *_fresh(sizes[-spatial:], "spatial")]
     call.tracer.count(kernel, *dims, inner)
-    dirty = frozenset(leaf for item in _without(x.dirty, summed) for leaf in leaves(item)) & set(leaves(out))
-    if group is None:
-        dirty = frozenset()
-    result = Value(dims, frozenset() if group is not None and _clean_filter(call) else dirty)
+    # the rows of the filter are zeroed with an index, so the output is zero there whatever a grouped filter reads
+    dirty = _dirty_outputs(call, out) | _without(x.dirty, channels)
+    result = Value(dims, dirty)
     if group is None:
         padding = _nonzero(call["padding"]) and kernel > 1
         _note_contraction(call, weight, summed, 1, padding, result)
     return result
-
-
-def _clean_filter(call: Call) -> bool:
-    """A grouped filter's own rows are zeroed with the index, so its output is zero whatever it reads."""
-    return call.value("weight").name is not None
 
 
 @rule(
@@ -312,22 +354,28 @@ def _clean_filter(call: Call) -> bool:
 )
 def transposed_convolution(call: Call) -> Value:
     x, weight = call.value("input"), call.value("weight")
-    if int(call["groups"] or 1) != 1:
-        raise NoRule("grouped transposed convolution")
+    count = int(call["groups"] or 1)
     spatial = len(weight.dims) - 2
-    unify(x.dims[-spatial - 1], weight.dims[0])
-    call.tracer.consume(call["weight"], 0)
-    call.tracer.needs_zero(weight.dims[0], x.dirty)
-    out = weight.dims[1]
+    channels, per_group = x.dims[-spatial - 1], weight.dims[1]
+    unify(channels, weight.dims[0])
+    call.tracer.needs_zero(channels, x.dirty)
+    if count == 1:
+        call.tracer.consume(call["weight"], 0)
+        out = per_group
+    else:
+        inner = channels.size // count
+        group = split(channels, (count, inner))[0] if inner > 1 else channels
+        out = product([group, per_group])
+        name_role(group, "groups")
+        call.tracer.tie(call["groups"], group)
     for position in range(2, len(weight.dims)):
         freeze(weight.dims[position], "kernel size")
-    if isinstance(call["bias"], Tensor):
-        unify(out, call.value("bias").dims[0])
     sizes = plain_shape(call.output)
     # every input position meets every kernel position once
     kernel = prod(dim.size for dim in weight.dims[2:])
-    call.tracer.count(kernel, *x.dims, out)
-    return Value([*x.dims[: -spatial - 1], out, *_fresh(sizes[-spatial:], "spatial")])
+    call.tracer.count(kernel, *x.dims, per_group)
+    dims = [*x.dims[: -spatial - 1], out, *_fresh(sizes[-spatial:], "spatial")]
+    return Value(dims, _dirty_outputs(call, out) | _without(x.dirty, channels))
 
 
 @rule("matmul bmm mm mv", "input other")
@@ -342,7 +390,7 @@ def add_matmul(call: Call) -> Value:
     result = _matmul(call, first, second)
     added = call.value("input")
     dims, _ = _broadcast([result, added], plain_shape(call.output))
-    return Value(dims, result.dirty | added.dirty)
+    return Value(dims, _dirty_after_sum(dims, [result, added]))
 
 
 def _matmul(call: Call, first: Tensor, second: Tensor) -> Value:
@@ -350,15 +398,20 @@ def _matmul(call: Call, first: Tensor, second: Tensor) -> Value:
     if len(a.dims) < 2 or len(b.dims) < 2:
         raise NoRule("a product with a vector")
     unify(a.dims[-1], b.dims[-2])
-    call.tracer.consume(first, len(a.dims) - 1)
-    call.tracer.consume(second, len(b.dims) - 2)
+    if b.stored is None:
+        call.tracer.consume(first, len(a.dims) - 1)
+    call.tracer.consume(second, len(b.dims) - 2)  # of two parameters the second reads what the first makes
     sizes = plain_shape(call.output)
     batch, aligned = _broadcast([Value(a.dims[:-2]), Value(b.dims[:-2])], sizes[:-2])
     # a learned matrix is not masked along the dimension that is summed over, an activation is
-    operands = [value.dirty for value in (a, b) if value.name is None]
-    call.tracer.needs_zero(a.dims[-1], *operands)
+    operands = [value.dirty for value in (a, b) if value.stored is None]
+    call.tracer.needs_zero(a.dims[-1], *(operands or [a.dirty]))
     dims = [*batch, a.dims[-2], b.dims[-1]]
     call.tracer.count(1, *dims, a.dims[-1])
+    if len(batch) > 1 and a.stored is None and b.stored is None:  # query @ key, or weights @ value
+        name_role(batch[-1], "heads")
+        name_role(a.dims[-1], "head_dim")
+        name_role(b.dims[-1], "value_dim")
     shared = list(zip(aligned[0], aligned[1], strict=True))
     kept_a = Value([], _without(a.dirty, a.dims[-1]))
     kept_b = Value([], _without(b.dirty, b.dims[-2]))
@@ -381,10 +434,11 @@ def einsum(call: Call) -> Value:
                 unify(letters[letter], dim)
     for letter in set("".join(left.split(","))) - set(right):
         holders = [value for term, value in zip(left.split(","), operands, strict=True) if letter in term]
-        for tensor, term in zip(call["operands"], left.split(","), strict=True):
-            if letter in term:
+        acting = [value.dirty for value in holders if value.stored is None]
+        for tensor, term, value in zip(call["operands"], left.split(","), operands, strict=True):
+            if letter in term and (acting or value is not holders[0]):
                 call.tracer.consume(tensor, term.index(letter))
-        call.tracer.needs_zero(letters[letter], *[value.dirty for value in holders if value.name is None])
+        call.tracer.needs_zero(letters[letter], *(acting or [holders[0].dirty]))
     if len(operands) == 2:
         call.tracer.count(1, *letters.values())
     dims = [letters[letter] for letter in right]
@@ -408,13 +462,18 @@ def attention(call: Call) -> Value:
     if batch:
         name_role(batch[-1], "heads")
     name_role(query.dims[-1], "head_dim")
-    name_role(value.dims[-1], "value_dim")
+    name_role(value.dims[-1], "value_dim")  # as in _matmul, so that no name depends on the attention implementation
     if isinstance(call["attn_mask"], Tensor):
         scores = [*batch, query.dims[-2], key.dims[-2]]
         _broadcast([Value(scores), call.value("attn_mask")], [dim.size for dim in scores])
     call.tracer.count(1, *batch, query.dims[-2], key.dims[-2], query.dims[-1])
     call.tracer.count(1, *batch, query.dims[-2], key.dims[-2], value.dims[-1])
-    return Value([*batch, query.dims[-2], value.dims[-1]], value.dirty)
+    # softmax leaves no zeros: the output is zero at a masked index only where the values are
+    own = [
+        dim for place, dim in enumerate(reversed(batch), 3) if len(value.dims) < place or value.dims[-place].size == 1
+    ]
+    dirty = value.dirty | dirty_leaves(query.dims[-2], *own)
+    return Value([*batch, query.dims[-2], value.dims[-1]], dirty)
 
 
 # -- normalisation ------------------------------------------------------------------------------------------------
@@ -422,12 +481,14 @@ def attention(call: Call) -> Value:
 
 def _affine(call: Call, channels: list[Index]) -> bool:
     """Unify weight and bias with the channels. True when both zero the output at a masked index."""
+    masked = isinstance(call["weight"], Tensor)
     for key in ("weight", "bias"):
         if isinstance(call[key], Tensor):
             value = call.value(key)
+            masked = masked and not value.dirty
             for dim, channel in zip(value.dims, channels, strict=True):
                 unify(channel, dim)
-    return isinstance(call["weight"], Tensor)
+    return masked
 
 
 @rule("batch_norm", "input running_mean running_var weight bias training momentum eps")
@@ -437,13 +498,15 @@ def batch_norm(call: Call) -> Value:
     for key in ("running_mean", "running_var"):
         if isinstance(call[key], Tensor):
             unify(channel, call.value(key).dims[0])
+            call.tracer.consume(call[key], 0)  # statistics are no producers: a masked input is not masked behind them
     masked = _affine(call, [channel])
     call.tracer.mark_scale(call["weight"])
     if call["training"]:  # weight standardisation: every dimension but the channel meets in the statistics
         for position, dim in enumerate(x.dims):
             if position != 1:
                 flag(dim, "statistics")
-        return Value(list(x.dims), frozenset() if masked else dirty_leaves(*x.dims))
+        # what is zero has a mean of zero, so without a shift it stays zero
+        return Value(list(x.dims), x.dirty if masked or call["bias"] is None else dirty_leaves(*x.dims))
     return Value(list(x.dims), _without(x.dirty, channel) if masked else dirty_leaves(*x.dims))
 
 
@@ -479,6 +542,15 @@ def group_norm(call: Call) -> Value:
     return Value(list(x.dims), x.dirty if masked else x.dirty | dirty_leaves(channel))
 
 
+@rule("instance_norm", "input running_mean running_var weight bias use_input_stats momentum eps")
+def instance_norm(call: Call) -> Value:
+    if isinstance(call["running_mean"], Tensor):
+        return batch_norm(call)
+    x = call.value("input")
+    masked = _affine(call, [x.dims[1]])
+    return Value(list(x.dims), x.dirty if masked or call["weight"] is None else x.dirty | dirty_leaves(x.dims[1]))
+
+
 @rule("softmax log_softmax softmin", "input dim")
 def softmax(call: Call) -> Value:
     x = call.value("input")
@@ -498,15 +570,25 @@ def normalize(call: Call) -> Value:
 # -- reductions ---------------------------------------------------------------------------------------------------
 
 
-@rule(
-    "mean sum amax amin max min var std norm prod any all argmax argmin logsumexp linalg_vector_norm vector_norm",
-    "input dim keepdim",
-)
+@rule("max min", "input other keepdim")
+def max_or_min(call: Call) -> Value | list[Value]:
+    if isinstance(call["other"], Tensor):
+        return binary(call)
+    if call["other"] is not None:
+        call.args["dim"] = call["other"]
+    return reduce(call)
+
+
+@rule("norm linalg_vector_norm", "input p dim keepdim")
+@rule("var std var_mean std_mean", "input dim unbiased keepdim")
+@rule("mean sum amax amin prod any all argmax argmin logsumexp", "input dim keepdim")
 def reduce(call: Call) -> Value | list[Value]:
     x = call.value("input")
     which = call["dim"]
     if isinstance(which, str):
         raise NoRule("named dimensions")
+    if isinstance(which, bool):  # var(False): the first argument is not the dimension
+        which = None
     if which is None or (isinstance(which, (tuple, list)) and not which):
         which = range(len(x.dims))
     gone = {int(d) % len(x.dims) for d in ([which] if isinstance(which, int) else which)}
@@ -531,7 +613,9 @@ def reduce(call: Call) -> Value | list[Value]:
     if call.name in ("prod", "any", "all", "argmax", "argmin", "logsumexp"):
         dirty = dirty_leaves(*dims)
     result = Value(dims, frozenset(dirty))
-    return result if isinstance(call.output, Tensor) else [result, Value(list(dims), dirty_leaves(*dims))]
+    if isinstance(call.output, Tensor):
+        return result
+    return [result, Value(list(dims), result.dirty if call.name.endswith("_mean") else dirty_leaves(*dims))]
 
 
 # -- spatial ------------------------------------------------------------------------------------------------------
@@ -541,13 +625,16 @@ def reduce(call: Call) -> Value | list[Value]:
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d interpolate upsample lp_pool2d "
     "max_pool2d_with_indices adaptive_max_pool2d_with_indices grid_sample",
-    "input",
+    "input grid",
 )
 def spatial(call: Call) -> Value | list[Value]:
     x = call.value("input")
     one = call.output if isinstance(call.output, Tensor) else call.output[0]
     sizes = plain_shape(one)
     lead = 1 if len(x.dims) == 3 and call.name.endswith(("2d", "2d_with_indices")) else 2
+    if isinstance(call["grid"], Tensor):
+        for dim in call.value("grid").dims:
+            freeze(dim, "sampling grid")
     for dim in x.dims[lead:]:
         freeze(dim, "spatial")
     dims = [*x.dims[:lead], *_fresh(sizes[lead:], "spatial")]
@@ -564,6 +651,8 @@ def pad(call: Call) -> Value:
     for step in range(len(amounts) // 2):
         before, after = int(amounts[2 * step]), int(amounts[2 * step + 1])
         position = len(dims) - 1 - step
+        for amount in amounts[2 * step : 2 * step + 2]:
+            call.tracer.tie(amount, fixed(amount, "padding"))
         if before == 0 and after == 0:
             continue
         if before < 0 or after < 0 or (call["mode"] or "constant") != "constant":
@@ -582,6 +671,7 @@ def pad(call: Call) -> Value:
 @rule("pixel_shuffle", "input upscale_factor")
 def pixel_shuffle(call: Call) -> Value:
     x, factor = call.value("input"), int(call["upscale_factor"])
+    call.tracer.tie(call["upscale_factor"], fixed(factor, "pixel shuffle"))
     channel, *kernel = split(x.dims[-3], (x.dims[-3].size // factor**2, factor, factor))
     for part in kernel:
         freeze(part, "pixel shuffle")
@@ -593,6 +683,7 @@ def pixel_shuffle(call: Call) -> Value:
 def pixel_unshuffle(call: Call) -> Value:
     x, factor = call.value("input"), int(call["downscale_factor"])
     sizes = plain_shape(call.output)
+    call.tracer.tie(call["downscale_factor"], fixed(factor, "pixel shuffle"))
     channel = product([x.dims[-3], fixed(factor, "pixel shuffle"), fixed(factor, "pixel shuffle")])
     return Value([*x.dims[:-3], channel, *_fresh(sizes[-2:], "spatial")], x.dirty)
 
@@ -737,6 +828,8 @@ def broadcast_to(call: Call) -> Value:
 def repeat(call: Call) -> Value:
     x = call.value("input")
     repeats = [int(r) for r in call["repeats"]]
+    for asked in call["repeats"]:
+        call.tracer.tie(asked, fixed(asked, "repeats"))
     dims = [fixed(1, "size 1")] * (len(repeats) - len(x.dims)) + list(x.dims)
     result = [product([fixed(r, "repeats"), dim]) if r != 1 else dim for r, dim in zip(repeats, dims, strict=True)]
     return Value(result, x.dirty)
@@ -748,7 +841,8 @@ def repeat_interleave(call: Call) -> Value:
     if not isinstance(call["repeats"], int) or call["dim"] is None:
         raise NoRule("repeats that differ")
     dims = list(x.dims)
-    dims[call["dim"]] = product([dims[call["dim"]], fixed(int(call["repeats"]), "repeats")])
+    call.tracer.tie(call["repeats"], fixed(call["repeats"], "repeats"))
+    dims[call["dim"]] = product([dims[call["dim"]], fixed(call["repeats"], "repeats")])
     return Value(dims, x.dirty)
 
 
@@ -864,6 +958,8 @@ def _segment(call: Call, dim: Index, start: Any, stop: Any) -> Index:
     last = size if stop is None else min(size, int(stop) + (size if int(stop) < 0 else 0))
     first, last = max(0, min(first, size)), max(0, last)
     if first == 0 and last == size:
+        if isinstance(stop, TracedInt) and int(stop) == size:
+            call.tracer.tie(stop, dim)
         return dim
     if is_fixed(dim):
         return fixed(max(0, last - first), "part of a fixed dimension")
@@ -908,6 +1004,8 @@ def getitem(call: Call) -> Value:
             if isinstance(item, Tensor):
                 for dim in call.tracer.value(item).dims:
                     freeze(dim, "index of a gather")
+            elif isinstance(item, list) and any(isinstance(part, Tensor) for part in item):
+                raise NoRule("a list of tensors as an index")
             advanced.append(len(dims))
             position += taken
             continue
@@ -999,7 +1097,7 @@ def flip(call: Call) -> Value:
     return Value(list(x.dims), x.dirty)
 
 
-@rule("triu tril cumsum", "input")
+@rule("triu tril cumsum", "input dim")
 def order_matters(call: Call) -> Value:
     x = call.value("input")
     for dim in x.dims:
@@ -1026,23 +1124,29 @@ def create(call: Call) -> Value:
     dims = []
     for position, size in enumerate(actual):
         asked = sizes[position] if position < len(sizes) else None
-        if isinstance(asked, TracedInt):
-            dim = Index(size)
-            call.tracer.tie(asked, dim)
-        else:
-            dim = fixed(size, "constant")
-        dims.append(dim)
+        may_follow = isinstance(asked, TracedInt) and call.output.is_floating_point()
+        dims.append(Index(size) if may_follow else fixed(size, "constant"))
+        call.tracer.tie(asked, dims[-1])
     return Value(dims, frozenset() if call.name.endswith("zeros") else dirty_leaves(*dims))
 
 
 @rule(
-    "arange linspace tensor as_tensor scalar_tensor eye from_numpy full_int randint randperm bernoulli new_tensor",
+    "arange linspace tensor as_tensor scalar_tensor eye from_numpy full_int randint randperm new_tensor",
     "*args",
 )
 def constant(call: Call) -> Value:
+    pending: list[Any] = list(call.args.values())
+    while pending:  # a number made of an axis's size is no constant
+        item = pending.pop()
+        if isinstance(item, TracedInt):
+            call.tracer.watcher.real.append(item)
+        elif isinstance(item, (tuple, list)):
+            pending.extend(item)
     return Value(_fresh(plain_shape(call.output), "constant"))
 
 
-@rule("bernoulli uniform normal fill zero random", "input")
+@rule("uniform normal fill zero random bernoulli", "input value")
 def overwrite(call: Call) -> Value:
+    if isinstance(call["value"], Tensor):
+        raise NoRule("filled by a tensor")
     return _same(call, dirty=True)

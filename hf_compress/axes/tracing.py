@@ -2,8 +2,9 @@
 
 :class:`Tracer` is a ``TorchFunctionMode``: each operator call arrives by name with its arguments, the operator's rule
 (see ``rules.py``) relates the dimensions of its inputs and says what the dimensions of its outputs are. A call without a
-rule freezes every tensor that it touches and is reported once by name. Whatever a rule says is checked against the real
-output's shape, so a wrong rule costs freedom, never correctness.
+rule freezes every tensor that it touches and is reported once by name. Three checks make a faulty rule cost freedom
+rather than correctness: what it says must fit the real output's shape, it must have looked at every tensor argument, and
+whatever it raises counts as having no rule.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .algebra import Index, find, fixed, freeze, is_fixed, leaves, unify
+from .algebra import Index, find, fixed, freeze, is_fixed, leaves, product, unify
 from .provenance import TracedInt, Watcher
 
 
@@ -27,14 +28,21 @@ class Value:
     """What is known of one tensor.
 
     ``dims``: one node per dimension. ``dirty``: leaves at whose masked indices the tensor may be non-zero (after a
-    sigmoid, say); where the tensor is not dirty, zeroing an index at its producers zeroes it here.
+    sigmoid, say); where the tensor is not dirty, zeroing an index at its producers zeroes it here. ``name``: of a
+    parameter or buffer; ``origin``: the parameter or buffer that this is a cast or a view of.
     """
 
     dims: list[Index]
     dirty: frozenset[Index] = frozenset()
     name: str | None = None
+    origin: Value | None = None
     readers: list[tuple[str, str]] = field(default_factory=list)
     is_integer_parameter: bool = False
+
+    @property
+    def stored(self) -> Value | None:
+        """The parameter or buffer that this tensor is, or shows in another layout; None for an activation."""
+        return self if self.name is not None else self.origin
 
 
 @dataclass
@@ -59,23 +67,35 @@ class Contraction:
 
 @dataclass
 class Call:
-    """One operator call: its name, its arguments by name, and the tracer to ask."""
+    """One operator call: its name, its arguments by name, and the tracer to ask. Remembers what was asked for."""
 
     name: str
     args: dict[str, Any]
     output: Any
     tracer: Tracer
+    asked: set[str] = field(default_factory=set)
 
     def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
         return self.args.get(key)
 
     def value(self, key: str) -> Value:
+        self.asked.add(key)
         return self.tracer.value(self.args[key])
+
+    def overlooked(self) -> str | None:
+        """The first argument that holds a tensor and that the rule did not ask for."""
+        for key, value in self.args.items():
+            if key not in self.asked and tensors_in(value):
+                return key.strip("*")
+        return None
 
 
 Rule = Callable[[Call], Any]
 RULES: dict[str, tuple[tuple[str, ...], Rule]] = {}
 PASSIVE: set[str] = set()
+LAYOUT: set[str] = set()
+"""Operators whose result shows (parts of) their first argument in another layout or type."""
 
 
 def rule(names: str, signature: str) -> Callable[[Rule], Rule]:
@@ -90,42 +110,42 @@ def rule(names: str, signature: str) -> Callable[[Rule], Rule]:
 
 
 _FUNCTIONAL_NAMES = {id(value): name for name, value in vars(F).items() if callable(value)}
-_ALIASES = {"self": "input", "axis": "dim", "axes": "dim", "other": "other"}
+_ALIASES = {
+    "self": "input", "x": "input", "a": "input", "x1": "input", "x2": "other",
+    "axis": "dim", "axes": "dim", "keepdims": "keepdim",
+}  # fmt: skip
 
 
 def operator_name(function: Callable[..., Any]) -> str:
     """One spelling for the function, method, in-place and operator forms of an operator: ``add`` for ``__iadd__``."""
     name = getattr(function, "__name__", "")
-    if name == "__get__":  # a tensor property such as Tensor.shape
-        return f"{function.__self__.__name__}.__get__"  # type: ignore[attr-defined]
+    if name in ("__get__", "__set__"):  # a tensor property such as Tensor.shape
+        return f"{function.__self__.__name__}.{name}"  # type: ignore[attr-defined]
     if name == "fn" or id(function) in _FUNCTIONAL_NAMES:
         name = _FUNCTIONAL_NAMES.get(id(function), name)
     if name.startswith("__") and name.endswith("__"):
         inner = name[2:-2]
         if inner in ("getitem", "setitem", "len", "iter", "contains"):
             return name
-        name = inner[1:] if inner[0] in "ir" and inner[1:] in _BINARY_DUNDERS else inner
-        if inner == "rsub":
-            name = "rsub"
-        elif inner in ("rtruediv", "rdiv"):
-            name = "rdiv"
-        elif inner == "rpow":
-            name = "rpow"
-    return name.strip("_") if name.strip("_") else name
+        if inner[0] == "i" and inner[1:] in _BINARY_DUNDERS | _SYMMETRIC_DUNDERS:
+            return inner[1:]
+        return inner[1:] if inner[0] == "r" and inner[1:] in _SYMMETRIC_DUNDERS else inner
+    return name.strip("_") or name
 
 
-_BINARY_DUNDERS = {"add", "sub", "mul", "truediv", "div", "pow", "matmul", "floordiv", "mod", "and", "or", "xor"}
+_SYMMETRIC_DUNDERS = {"add", "mul", "and", "or", "xor"}
+_BINARY_DUNDERS = {"sub", "truediv", "div", "pow", "matmul", "floordiv", "mod"}
 
 
 class Tracer(TorchFunctionMode):
     """Relates the dimensions of all tensors in a forward pass. See the module docstring."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, constants: Sequence[Tensor] = ()):
         super().__init__()
         self.watcher = Watcher()
         self.costs: list[CostTerm] = []
         self.contractions: list[Contraction] = []
-        self.consumed: set[tuple[str, int]] = set()
+        self._consumed: dict[tuple[str, int], int] = {}
         self.scales: list[str] = []
         self.ties: list[tuple[TracedInt, Index, str]] = []
         self.zero_checks: list[tuple[Index, tuple[frozenset[Index], ...]]] = []
@@ -135,6 +155,10 @@ class Tracer(TorchFunctionMode):
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._stack: list[str] = [""]
         self._tensor_names: dict[int, str] = {}
+        # tensors that modules hold beside parameters and buffers are constants; kept alive so that no id is reused
+        held = (tensor for module in model.modules() for tensor in tensors_in(vars(module)))
+        self._constants = {id(tensor): tensor for tensor in (*held, *constants)}
+        self.unexplained: list[Tensor] = []
         persistent = set(model.state_dict(keep_vars=True))
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if id(tensor) in self._tensor_names:
@@ -152,6 +176,7 @@ class Tracer(TorchFunctionMode):
             self._tensor_names[id(tensor)] = name
             self._remember(tensor, value)
         self._handles: list[Any] = []
+        self._is_watching = False
 
     # -- the module being run -------------------------------------------------------------------------------------
 
@@ -161,9 +186,11 @@ class Tracer(TorchFunctionMode):
             register(lambda module, _: self._stack.append(self._paths.get(id(module), self.module))),
             nn.modules.module.register_module_forward_hook(lambda *_: self._leave_module(), always_call=True),
         ]
+        self._is_watching = True
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
+        self._is_watching = False
         for handle in self._handles:
             handle.remove()
         super().__exit__(*exception)
@@ -186,9 +213,22 @@ class Tracer(TorchFunctionMode):
         entry = self._values.get(id(tensor))
         if entry is not None and entry[0]() is tensor:
             return entry[1]
+        if self._is_watching and id(tensor) not in self._constants:
+            self.unexplained.append(tensor)
+            self._distrust()
         value = Value([fixed(size, "constant") for size in plain_shape(tensor)])
         self._remember(tensor, value)
         return value
+
+    def _distrust(self) -> None:
+        """A tensor came from nowhere: compiled code may have made it from anything that was there before."""
+        self.without_rule.setdefault(UNWATCHED, self.module)
+        prefix = f"{self.module}." if self.module else ""
+        for reference, value in list(self._values.values()):
+            is_near = value.name is None or value.readers or value.name.startswith(prefix)
+            if is_near and reference() is not None:
+                for dim in value.dims:
+                    freeze(dim, UNWATCHED)
 
     def knows(self, tensor: Tensor) -> bool:
         entry = self._values.get(id(tensor))
@@ -198,7 +238,7 @@ class Tracer(TorchFunctionMode):
 
     def tie(self, size: Any, dim: Index) -> None:
         """Relate an integer that the program passed to the dimension that it measures."""
-        if isinstance(size, TracedInt):
+        if isinstance(size, TracedInt) and size != -1:
             self.ties.append((size, dim, self.module))
         elif isinstance(size, int) and size != -1 and not is_fixed(dim):
             freeze(dim, f"integer {size} in the forward pass of {self.module or 'the model'}")
@@ -221,29 +261,35 @@ class Tracer(TorchFunctionMode):
         if name == "size":
             which = args[1] if len(args) > 1 else kwargs.get("dim")
             return self.shape(args[0]) if which is None else self.shape(args[0])[which]
-        if name in ("__len__",):
-            return func(*args, **kwargs)
-        before = [tensor for tensor in tensors_in((args, kwargs))]
-        for tensor in before:
-            self.value(tensor).readers.append((name, self.module))
-        if name in RULES:
-            signature, function = RULES[name]
-            bound = _bind(signature, args, kwargs)
+        if name in ("numel", "nelement"):
+            return TracedInt(func(*args, **kwargs), product(self.value(args[0]).dims), self.watcher)
+        before = tensors_in((args, kwargs))
+        values = [self.value(tensor) for tensor in before]
+        for position, value in enumerate(values):
+            if value.stored is None:
+                value.readers.append((name, self.module))
+            elif name not in LAYOUT or position:  # a view of a parameter is a use of it when it is used itself
+                value.stored.readers.append((name, self.module))
+        if name not in RULES:
             output = func(*args, **kwargs)
-            try:
-                described = function(Call(name, bound, output, self))
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError, NoRule) as error:
-                self._give_up(name, before, output, reason=f"its rule does not cover this call ({error})")
-                return output
-            self._record(name, output, described, before)
-        else:
-            output = func(*args, **kwargs)
-            if any(True for _ in tensors_in(output)) or name.startswith("__setitem__"):
-                self._give_up(name, before, output, reason="no rule")
+            self._give_up(name, before, output, reason="no rule")
+            return output
+        signature, function = RULES[name]
+        call = Call(name, _bind(signature, args, kwargs), None, self)
+        call.output = output = func(*args, **kwargs)
+        try:
+            described = function(call)
+            overlooked = call.overlooked()
+            if overlooked is not None:
+                raise NoRule(f"tensor argument {overlooked!r}")
+        except Exception as error:  # whatever a rule trips over, the model's own pass goes on
+            self._give_up(name, before, output, reason=f"its rule does not cover this call ({error})")
+            return output
+        self._record(name, output, described, before)
         return output
 
     def _record(self, name: str, output: Any, described: Any, inputs: list[Tensor]) -> None:
-        outputs = list(tensors_in(output))
+        outputs = tensors_in(output)
         values = [described] if isinstance(described, Value) else list(described or [])
         if len(values) < len(outputs):
             values += [
@@ -254,19 +300,34 @@ class Tracer(TorchFunctionMode):
             if [dim.size for dim in value.dims] != plain_shape(out):
                 self._give_up(name, inputs, output, reason="its rule gave a wrong shape")
                 return
+        source = self.value(inputs[0]).stored if inputs and name in LAYOUT else None
         for out, value in zip(outputs, values, strict=False):
-            if self.knows(out) and out is not None and any(out is tensor for tensor in inputs):
+            value.origin = source
+            if any(out is tensor for tensor in inputs):
                 # in place: the object stays, its dimensions are those of the result
                 old = self.value(out)
                 for a, b in zip(old.dims, value.dims, strict=True):
                     if a.size != 1:
                         unify(a, b)
-                value.name = old.name
+                value.name, value.origin = old.name, old.origin
+                value.readers = old.readers if old.name is not None else []
+                if not value.dirty <= old.dirty:
+                    self._soil(out, value.dirty)
             self._remember(out, value)
+
+    def _soil(self, changed: Tensor, dirty: frozenset[Index]) -> None:
+        """A tensor was changed in place: its views, and what it is a view of, may no longer be zero either."""
+        storage = changed.untyped_storage().data_ptr() if changed.device.type != "meta" else None
+        for reference, value in self._values.values():
+            tensor = reference()
+            if tensor is not None and (storage is None or tensor.untyped_storage().data_ptr() == storage):
+                value.dirty |= dirty
 
     def _give_up(self, name: str, inputs: Iterable[Tensor], output: Any, reason: str) -> None:
         prunable = False
-        for tensor in inputs:
+        for tensor in [*inputs, *tensors_in(output)]:
+            if not self.knows(tensor):
+                continue
             for dim in self.value(tensor).dims:
                 prunable = prunable or not is_fixed(dim)
                 freeze(dim, f"operator {name}: {reason}")
@@ -283,10 +344,21 @@ class Tracer(TorchFunctionMode):
         self.costs.append(CostTerm(coefficient, dims))
 
     def consume(self, tensor: Tensor, dim: int) -> None:
-        """Say that a parameter dimension is summed over: it reads an axis and does not produce it."""
+        """Say that a dimension is summed over: where it belongs to a parameter, that reads an axis."""
         value = self.value(tensor)
-        if value.name is not None:
-            self.consumed.add((value.name, dim % max(1, len(value.dims))))
+        stored = value.stored
+        if stored is None or stored.name is None:
+            return
+        below = {leaf for leaf in leaves(value.dims[dim]) if not leaf.frozen}
+        for position, node in enumerate(stored.dims):
+            if (position == dim % len(value.dims)) if stored is value else below & set(leaves(node)):
+                key = stored.name, position
+                self._consumed[key] = self._consumed.get(key, 0) + 1
+
+    @property
+    def consumed(self) -> set[tuple[str, int]]:
+        """Parameter dimensions that are summed over in every use, so that they read an axis and do not produce it."""
+        return {key for key, uses in self._consumed.items() if uses >= len(self.parameters[key[0]].readers)}
 
     def needs_zero(self, summed: Index, *dirty: frozenset[Index]) -> None:
         """The removal of an index of ``summed`` is exact only if one of the operands is zero there."""
@@ -296,25 +368,36 @@ class Tracer(TorchFunctionMode):
     def mark_scale(self, tensor: Any) -> None:
         """Say that a one-dimensional parameter multiplies its axis index by index."""
         if isinstance(tensor, Tensor):
-            name = self.value(tensor).name
-            if name is not None and name in self.parameters and name not in self.scales:
-                self.scales.append(name)
+            stored = self.value(tensor).stored
+            if stored is not None and stored.name is not None and stored.name not in self.scales:
+                self.scales.append(stored.name)
+
+
+UNWATCHED = "code that cannot be watched (compiled or scripted)"
 
 
 class NoRule(Exception):
     """A rule meets a form of its operator that it does not cover."""
 
 
-def tensors_in(nested: Any) -> Iterable[Tensor]:
+_PLAIN = {int, float, bool, str, type(None), TracedInt, slice, torch.dtype, torch.device, set}
+
+
+def tensors_in(nested: Any) -> list[Tensor]:
     """Every tensor in nested tuples, lists and dicts."""
-    if isinstance(nested, Tensor):
-        yield nested
-    elif isinstance(nested, (tuple, list)):
-        for item in nested:
-            yield from tensors_in(item)
-    elif isinstance(nested, Mapping):
-        for item in nested.values():
-            yield from tensors_in(item)
+    found: list[Tensor] = []
+    pending = [nested]
+    while pending:
+        item = pending.pop()
+        if type(item) in _PLAIN:
+            continue
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            pending.extend(reversed(item))
+        elif isinstance(item, dict) or (hasattr(item, "values") and isinstance(item, Mapping)):
+            pending.extend(reversed(list(item.values())))
+    return found
 
 
 def plain_shape(tensor: Tensor) -> list[int]:
@@ -336,6 +419,8 @@ def overlaps(dirty: frozenset[Index], node: Index) -> set[Index]:
 
 def _bind(signature: tuple[str, ...], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     bound = {_ALIASES.get(key, key): value for key, value in kwargs.items()}
+    if len(args) > len(signature) and not (signature and signature[-1].startswith("*")):
+        bound["*further"] = args[len(signature) :]
     for position, name in enumerate(signature):
         if name.startswith("*"):
             rest = tuple(args[position:])

@@ -3,8 +3,8 @@
 A BatchNorm channel whose scale is zero still emits its shift, and the activation behind it a constant. Removing the
 channel loses that constant unless its contribution to the layer that reads it is carried into that layer's bias, or
 into the running mean of the BatchNorm behind that layer. This is exact for a linear layer and for a convolution
-without zero padding. With zero padding it is exact everywhere but at the borders, where the dense layer sees zeros in
-place of the constant; the difference is measured and reported.
+without zero padding. With zero padding the dense layer sees zeros in place of the constant at the borders, and one
+number cannot stand for all positions: their mean is carried over, and the difference is measured and reported.
 
 The function that is preserved: every removed index masked to zero at its producers, except for the shifts of
 normalisation layers, which stay.
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_compress.axes import Axis, AxisGraph, Contraction, Member
@@ -150,16 +151,16 @@ def zero_producers(model: nn.Module, axes: AxisGraph, masks: Mapping[str, Tensor
         masks: axis name -> bool [axis size], true where an index is kept.
         keep_shifts: leave the shifts of normalisation layers as they are.
     """
-    parameters = dict(model.named_parameters())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # a frozen norm's shift is a buffer
     with torch.no_grad():
         for name, mask in masks.items():
             axis = axes[name]
             spared = {id(member) for member in shifts_of(axis, axes)} if keep_shifts else set()
             for member in axis.producers:
                 if id(member) not in spared:
-                    parameter = parameters[member.parameter]
-                    gone = member.positions[~mask].flatten().to(parameter.device)
-                    parameter.data.index_fill_(member.dim, gone, 0)
+                    tensor = tensors[member.parameter]
+                    gone = member.positions[~mask].flatten().to(tensor.device)
+                    tensor.data.index_fill_(member.dim, gone, 0)
 
 
 @contextmanager
@@ -183,8 +184,8 @@ def _emits(model: nn.Module, axis: Axis, mask: Tensor, axes: AxisGraph) -> bool:
         return False
     if "offset" in axis.reasons:
         return True  # an activation that does not map zero to zero
-    parameters = dict(model.named_parameters())
-    gone = [parameters[m.parameter].detach()[m.positions[~mask].flatten()] for m in shifts_of(axis, axes)]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    gone = [tensors[m.parameter].detach()[m.positions[~mask].flatten()] for m in shifts_of(axis, axes)]
     return any(bool(values.any()) for values in gone)
 
 
@@ -222,6 +223,7 @@ class _Watch:
         self.removed = removed
         self.module: Any = model.get_submodule(contraction.module)
         self.constants: Tensor | None = None  # [number removed]
+        self.read: Tensor | None = None  # [number removed, everything else as in the input]
         self.obstacle = ""
         self.at_borders = contraction.has_padding
         if not isinstance(self.module, (nn.Linear, nn.modules.conv._ConvNd)) or (
@@ -243,7 +245,8 @@ class _Watch:
         if self.obstacle:
             return
         dim = x.dim() - 1 if isinstance(self.module, nn.Linear) else x.dim() - self.module.weight.dim() + 1
-        values = x.detach().movedim(dim, 0)[self.removed.to(x.device)].flatten(1)  # [removed, everything else]
+        read = x.detach().movedim(dim, 0)[self.removed.to(x.device)]
+        values = read.flatten(1)  # [removed, everything else]
         constants = values[:, values.shape[1] // 2]
         # the same constant through a vectorised activation can differ in its last bits from lane to lane
         close = torch.isclose(values, constants[:, None], rtol=1e-5, atol=1e-7)
@@ -255,7 +258,7 @@ class _Watch:
         if self.constants is not None and not torch.allclose(self.constants, constants, rtol=1e-5, atol=1e-7):
             self.obstacle = "it is called several times on different constants"
             return
-        self.constants = constants
+        self.constants, self.read = constants, read
         self.at_borders = self.at_borders or (self.may_pad and not isinstance(self.module, nn.Linear))
 
     @property
@@ -268,10 +271,22 @@ class _Watch:
         return not self.obstacle and self.constants is not None
 
     def contribution(self) -> Tensor:
-        """What the constants add to the layer's output away from the borders: [outputs]."""
-        assert self.constants is not None
+        """What the constants add to the layer's output, averaged over its positions: [outputs].
+
+        Without padding all positions are equal. With it, the mean is the one number per output that differs least, in
+        squares, from what the dense layer adds; a small map is mostly border, and its interior says little about it.
+        """
+        assert self.constants is not None and self.read is not None
         weight = self.module.weight.detach()[:, self.removed.to(self.module.weight.device)]
-        return weight.flatten(2).sum(2) @ self.constants if weight.dim() > 2 else weight @ self.constants
+        if weight.dim() == 2:
+            return weight @ self.constants
+        spatial = tuple(range(2, weight.dim()))
+        if self.module.padding_mode != "zeros" or self.module.transposed:
+            return weight.sum(spatial) @ self.constants
+        read = self.read.reshape(len(self.read), -1, *self.read.shape[-len(spatial) :]).mean(1)[None]
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(spatial) - 1]
+        added = convolve(read, weight, None, self.module.stride, self.module.padding, self.module.dilation)
+        return added.mean((0, *spatial))
 
 
 def _report(

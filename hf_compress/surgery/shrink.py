@@ -64,7 +64,8 @@ def shrink(
         ModelError: when the model is quantized by another method, or cannot be run.
     """
     earlier = record_of(model)
-    axes = axes or plan.axes or find_axes(model, example_inputs)
+    axes = plan.axes if axes is None else axes
+    axes = find_axes(model, example_inputs) if axes is None else axes  # an empty graph is one
     _check_fit(model, plan, axes)
     if fold_shift:
         if example_inputs is None and getattr(model, "config", None) is not None:
