@@ -430,7 +430,7 @@ def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
         name = names[leaf]
         found_members = tuple(members[leaf])
         producers = tuple(m for m in found_members if m.parameter in floats and (m.parameter, m.dim) not in consumed)
-        scales = tuple(m for m in found_members if m.parameter in scale_names and _is_whole(m, leaf, tracer))
+        scales = tuple(m for m in found_members if m.parameter in scale_names and _has_one_number_each(m, tracer))
         axes[name] = Axis(
             name=name,
             size=leaf.size,
@@ -464,10 +464,12 @@ def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
     )
 
 
-def _is_whole(member: Member, leaf: Index, tracer: Tracer) -> bool:
-    """Whether a parameter has this axis as its one dimension."""
-    dims = tracer.parameters[member.parameter].dims
-    return len(dims) == 1 and dims[0].size == leaf.size and member.positions.shape[1] == 1
+def _has_one_number_each(member: Member, tracer: Tracer) -> bool:
+    """Whether a parameter is one-dimensional and holds one number for each index of an axis.
+
+    It may hold other numbers besides: the BatchNorm behind a concatenation scales several axes.
+    """
+    return len(tracer.parameters[member.parameter].dims) == 1 and member.positions.shape[1] == 1
 
 
 def _names(members: dict[Index, list[Member]], consumed: set[tuple[str, int]], floats: set[str]) -> dict[Index, str]:

@@ -342,7 +342,7 @@ def convolution(call: Call) -> Value:
     # the rows of the filter are zeroed with an index, so the output is zero there whatever a grouped filter reads
     dirty = _dirty_outputs(call, out) | _without(x.dirty, channels)
     result = Value(dims, dirty)
-    if group is None:
+    if group is None or inner.size > 1:
         padding = _nonzero(call["padding"]) and kernel > 1
         _note_contraction(call, weight, summed, 1, padding, result)
     return result

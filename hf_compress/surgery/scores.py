@@ -30,9 +30,11 @@ def magnitude_scores(model: nn.Module, axes: AxisGraph) -> dict[str, Tensor]:
         members = [member for member in members if parameters[member.parameter].dim() > 1] or members
         parts = []
         for member in members:
-            values = parameters[member.parameter].to("cpu", torch.float64)
-            squares = values.movedim(member.dim, 0).flatten(1).square().sum(1) if values.dim() > 1 else values.square()
-            norms = squares[member.positions].sum(1).sqrt()
+            values = parameters[member.parameter]
+            others = [dim for dim in range(values.dim()) if dim != member.dim]
+            wide = torch.promote_types(values.dtype, torch.float32)  # half precision would overflow when squared
+            along = torch.linalg.vector_norm(values, dim=others, dtype=wide) if others else values.abs()
+            norms = along.to("cpu", torch.float64).square()[member.positions].sum(1).sqrt()
             if not bool(torch.isfinite(norms).all()):
                 raise ModelError(
                     f"parameter {member.parameter!r} holds NaN or infinity. Look for a training run that diverged, and "

@@ -192,7 +192,7 @@ def _emits(model: nn.Module, axis: Axis, mask: Tensor, axes: AxisGraph) -> bool:
 def _unfoldable(
     axes: AxisGraph, emitting: set[str], readers: Mapping[tuple[str, int], Contraction]
 ) -> list[ShiftReport]:
-    """Reports for readers that are no plain linear layer or convolution (a grouped convolution, a matmul)."""
+    """Reports for readers that are neither a linear layer nor a convolution (a matmul, a transposed convolution)."""
     found: dict[str, set[str]] = {}
     for name in emitting:
         axis = axes[name]
@@ -204,9 +204,7 @@ def _unfoldable(
                 found.setdefault(member.parameter.rpartition(".")[0], set()).add(name)
     nan = float("nan")
     return [
-        ShiftReport(
-            module, tuple(sorted(names)), False, False, nan, nan, "neither a linear layer nor a plain convolution"
-        )
+        ShiftReport(module, tuple(sorted(names)), False, False, nan, nan, "neither a linear layer nor a convolution")
         for module, names in found.items()
     ]
 
@@ -215,21 +213,21 @@ class _Watch:
     """Observes what one layer reads from the removed indices.
 
     Args:
-        removed: bool [size of the weight's summed dimension].
+        removed: bool [size of the weight's summed dimension]; the same in every group of a grouped convolution.
     """
 
     def __init__(self, model: nn.Module, contraction: Contraction, removed: Tensor):
         self.contraction = contraction
         self.removed = removed
         self.module: Any = model.get_submodule(contraction.module)
-        self.constants: Tensor | None = None  # [number removed]
-        self.read: Tensor | None = None  # [number removed, everything else as in the input]
+        self.constants: Tensor | None = None  # [groups * number removed]
+        self.read: Tensor | None = None  # [groups * number removed, everything else as in the input]
         self.obstacle = ""
         self.at_borders = contraction.has_padding
         if not isinstance(self.module, (nn.Linear, nn.modules.conv._ConvNd)) or (
             contraction.weight.rpartition(".")[0] != contraction.module
         ):
-            self.obstacle = "neither a linear layer nor a plain convolution"
+            self.obstacle = "neither a linear layer nor a convolution"
         # a subclass may pad by itself, which the layer's own settings do not show
         self.may_pad = type(self.module).forward not in (
             nn.Linear.forward,
@@ -245,7 +243,8 @@ class _Watch:
         if self.obstacle:
             return
         dim = x.dim() - 1 if isinstance(self.module, nn.Linear) else x.dim() - self.module.weight.dim() + 1
-        read = x.detach().movedim(dim, 0)[self.removed.to(x.device)]
+        removed = self.removed.repeat(getattr(self.module, "groups", 1))
+        read = x.detach().movedim(dim, 0)[removed.to(x.device)]
         values = read.flatten(1)  # [removed, everything else]
         constants = values[:, values.shape[1] // 2]
         # the same constant through a vectorised activation can differ in its last bits from lane to lane
@@ -280,12 +279,13 @@ class _Watch:
         weight = self.module.weight.detach()[:, self.removed.to(self.module.weight.device)]
         if weight.dim() == 2:
             return weight @ self.constants
-        spatial = tuple(range(2, weight.dim()))
+        spatial, groups = tuple(range(2, weight.dim())), self.module.groups
         if self.module.padding_mode != "zeros" or self.module.transposed:
-            return weight.sum(spatial) @ self.constants
+            per_group = weight.sum(spatial).unflatten(0, (groups, -1)) @ self.constants.reshape(groups, -1, 1)
+            return per_group.flatten()
         read = self.read.reshape(len(self.read), -1, *self.read.shape[-len(spatial) :]).mean(1)[None]
         convolve = (F.conv1d, F.conv2d, F.conv3d)[len(spatial) - 1]
-        added = convolve(read, weight, None, self.module.stride, self.module.padding, self.module.dilation)
+        added = convolve(read, weight, None, self.module.stride, self.module.padding, self.module.dilation, groups)
         return added.mean((0, *spatial))
 
 
