@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
 from transformers.utils.generic import can_return_tuple
 
 
@@ -76,6 +79,38 @@ class SlimmingPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, PreActivation):
             init.copy_(module.index, torch.arange(module.index.shape[0], device=module.index.device))
+
+
+class PreActivationFeatures:
+    """The forward pass of a pre-activation trunk: ``embedder``, ``stages``, ``preactivation``, ``pooler``."""
+
+    @can_return_tuple
+    def forward(
+        self: Any, pixel_values: Tensor, output_hidden_states: bool | None = None
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        """Features of images.
+
+        Args:
+            pixel_values: float [batch, config.num_channels, height, width].
+            output_hidden_states: whether to return the output of the first convolution and of each stage, too.
+            return_dict: False gives a tuple.
+
+        Returns:
+            ``last_hidden_state``: [batch, width, height / 4, width / 4], after the last BatchNorm and ReLU;
+            ``pooler_output``: [batch, width].
+        """
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = self.embedder(pixel_values)
+        collected = [hidden_states]
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+            collected.append(hidden_states)
+        hidden_states = self.preactivation(hidden_states)
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=hidden_states,
+            pooler_output=self.pooler(hidden_states).flatten(1),
+            hidden_states=tuple(collected) if wanted else None,
+        )
 
 
 class ImageClassification:

@@ -303,14 +303,16 @@ def _choose_splits(recipe: Recipe, available: list[str]) -> dict[str, str | None
     return chosen
 
 
+def _named_column(recipe: Recipe, features: Any, field: str) -> str:
+    name: str = getattr(recipe.data, field)
+    if name not in features:
+        raise DataError(f"{recipe.where('data', field)}: there is no column {name!r}. Columns: {', '.join(features)}.")
+    return name
+
+
 def _image_column(recipe: Recipe, features: Any, datasets: Any) -> str:
     if recipe.data.image_column is not None:
-        if recipe.data.image_column in features:
-            return recipe.data.image_column
-        raise DataError(
-            f"{recipe.where('data', 'image_column')}: there is no column {recipe.data.image_column!r}. "
-            f"Columns: {', '.join(features)}."
-        )
+        return _named_column(recipe, features, "image_column")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     preferred = [name for name in images if name in _IMAGE_COLUMNS] or images
     if len(preferred) == 1:
@@ -321,12 +323,7 @@ def _image_column(recipe: Recipe, features: Any, datasets: Any) -> str:
 
 def _label_column(recipe: Recipe, features: Any, datasets: Any, image_column: str) -> str:
     if recipe.data.label_column is not None:
-        if recipe.data.label_column in features:
-            return recipe.data.label_column
-        raise DataError(
-            f"{recipe.where('data', 'label_column')}: there is no column {recipe.data.label_column!r}. "
-            f"Columns: {', '.join(features)}."
-        )
+        return _named_column(recipe, features, "label_column")
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     usual = [name for name in features if name in _LABEL_COLUMNS and name != image_column]
     preferred = [name for name in usual if name in classes] or (classes if len(classes) == 1 else []) or usual

@@ -9,10 +9,8 @@ What convolutions add to the concatenation is never cut.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
-from transformers.utils.generic import can_return_tuple
 
-from ..slimming import ImageClassification, PreActivation, SlimmingPreTrainedModel, classifier
+from ..slimming import ImageClassification, PreActivation, PreActivationFeatures, SlimmingPreTrainedModel, classifier
 from .configuration_slimming_densenet import DenseNetConfig
 
 
@@ -48,7 +46,7 @@ class DenseNetPreTrainedModel(SlimmingPreTrainedModel):
     _no_split_modules = ["DenseNetLayer", "DenseNetTransition"]  # noqa: RUF012
 
 
-class DenseNetModel(DenseNetPreTrainedModel):
+class DenseNetModel(PreActivationFeatures, DenseNetPreTrainedModel):
     """Three dense blocks, and the mean of the last features over the image."""
 
     def __init__(self, config: DenseNetConfig):
@@ -69,34 +67,6 @@ class DenseNetModel(DenseNetPreTrainedModel):
         self.preactivation = PreActivation(channels)
         self.pooler = nn.AdaptiveAvgPool2d(1)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None
-    ) -> BaseModelOutputWithPoolingAndNoAttention:
-        """Features of images.
-
-        Args:
-            pixel_values: float [batch, config.num_channels, height, width].
-            output_hidden_states: whether to return the output of the first convolution and of each block, too.
-            return_dict: False gives a tuple.
-
-        Returns:
-            ``last_hidden_state``: [batch, width, height / 4, width / 4], after the last BatchNorm and ReLU;
-            ``pooler_output``: [batch, width].
-        """
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states = self.embedder(pixel_values)
-        collected = [hidden_states]
-        for stage in self.stages:
-            hidden_states = stage(hidden_states)
-            collected.append(hidden_states)
-        hidden_states = self.preactivation(hidden_states)
-        return BaseModelOutputWithPoolingAndNoAttention(
-            last_hidden_state=hidden_states,
-            pooler_output=self.pooler(hidden_states).flatten(1),
-            hidden_states=tuple(collected) if wanted else None,
-        )
 
 
 class DenseNetForImageClassification(ImageClassification, DenseNetPreTrainedModel):

@@ -7,10 +7,8 @@ classifier read. The scale of each is a BatchNorm weight. The stream itself is n
 """
 
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
-from transformers.utils.generic import can_return_tuple
 
-from ..slimming import ImageClassification, PreActivation, SlimmingPreTrainedModel, classifier
+from ..slimming import ImageClassification, PreActivation, PreActivationFeatures, SlimmingPreTrainedModel, classifier
 from .configuration_slimming_preact_resnet import PreActResNetConfig
 
 EXPANSION = 4  # a block's output is so many times wider than its inside; He et al. 2016
@@ -51,7 +49,7 @@ class PreActResNetPreTrainedModel(SlimmingPreTrainedModel):
     _no_split_modules = ["PreActResNetBlock"]  # noqa: RUF012
 
 
-class PreActResNetModel(PreActResNetPreTrainedModel):
+class PreActResNetModel(PreActivationFeatures, PreActResNetPreTrainedModel):
     """Three stages of blocks, and the mean of the last features over the image."""
 
     def __init__(self, config: PreActResNetConfig):
@@ -68,34 +66,6 @@ class PreActResNetModel(PreActResNetPreTrainedModel):
         self.preactivation = PreActivation(channels)
         self.pooler = nn.AdaptiveAvgPool2d(1)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None
-    ) -> BaseModelOutputWithPoolingAndNoAttention:
-        """Features of images.
-
-        Args:
-            pixel_values: float [batch, config.num_channels, height, width].
-            output_hidden_states: whether to return the output of the first convolution and of each stage, too.
-            return_dict: False gives a tuple.
-
-        Returns:
-            ``last_hidden_state``: [batch, width, height / 4, width / 4], after the last BatchNorm and ReLU;
-            ``pooler_output``: [batch, width].
-        """
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden_states = self.embedder(pixel_values)
-        collected = [hidden_states]
-        for stage in self.stages:
-            hidden_states = stage(hidden_states)
-            collected.append(hidden_states)
-        hidden_states = self.preactivation(hidden_states)
-        return BaseModelOutputWithPoolingAndNoAttention(
-            last_hidden_state=hidden_states,
-            pooler_output=self.pooler(hidden_states).flatten(1),
-            hidden_states=tuple(collected) if wanted else None,
-        )
 
 
 class PreActResNetForImageClassification(ImageClassification, PreActResNetPreTrainedModel):
