@@ -84,9 +84,9 @@ class AxisCallback(TrainerCallback, ExportableState):
                 self.scales_.write(torch.full_like(self.scales_.read(), self.gamma_init))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the sparsity to the training logs: overall to ``logs``, per axis to ``state.log_history``."""
         model: nn.Module = kwargs["model"]
         logs: dict[str, float] = kwargs["logs"]
-        """Add the sparsity to the training logs: overall to ``logs``, per axis to ``state.log_history``."""
         if self.scales_ is None or not ("loss" in logs or "train_loss" in logs):
             return
         vanished = self.scales_.by_axis(self._vanished(model).float())

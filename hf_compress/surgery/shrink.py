@@ -18,6 +18,7 @@ from .select import Budget, select
 from .shift import fold_shift as fold
 from .shift import log_reports
 from .skeleton import (
+    PartialShape,
     Record,
     Shape,
     derived_changes,
@@ -157,7 +158,7 @@ def _cut(model: nn.Module, plan: Plan, axes: AxisGraph, new_biases: Sequence[str
     modules = dict(model.named_modules(remove_duplicate=False))
     before = {path: local_shapes(module) for path, module in modules.items()}
 
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, PartialShape] = {}
     for names in aliases.values():
         known = next((name for name in names if name in axes.parameter_dims or name in stand_ins), None)
         if known is None:
@@ -170,7 +171,10 @@ def _cut(model: nn.Module, plan: Plan, axes: AxisGraph, new_biases: Sequence[str
                 new = new.index_select(dim, mask.nonzero().flatten().to(new.device))
         if new.shape != old.shape:
             replace_tensor(model, names, new)
-            shapes.update({name: tuple(new.shape) for name in names})
+            differs = tuple(
+                after if after != whole else None for after, whole in zip(new.shape, old.shape, strict=True)
+            )
+            shapes.update(dict.fromkeys(names, differs))
 
     attributes: dict[str, dict[str, int | Shape]] = {}
     settings: list[tuple[str, str, Any]] = []

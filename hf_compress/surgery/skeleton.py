@@ -1,6 +1,6 @@
 """The record: how a model differs from the one that its configuration class builds, as plain JSON.
 
-``{"version": 1, "shapes": {tensor: [ints]}, "attributes": {module: {name: int | [ints]}}, "biases": [modules]}``
+``{"version": 1, "shapes": {tensor: [int | null]}, "attributes": {module: {name: int | [ints]}}, "biases": [modules]}``
 
 A record is read from checkpoints of unknown origin, so it is data and nothing else. Its strings are looked up among the
 tensors and modules that exist and in the closed vocabulary :data:`~hf_compress.axes.attributes.SIZE_ATTRIBUTES`; its
@@ -27,6 +27,8 @@ _LONGEST_SHOWN = 60
 _MOST_ENTRIES = 100_000  # of one field; the largest models of transformers have a few thousand tensors
 
 Shape = tuple[int, ...]
+PartialShape = tuple[int | None, ...]
+"""A shape in which None stands for a dimension that is as the configuration builds it."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Record:
     """How a model differs from the one that its configuration class builds.
 
     Args:
-        shapes: name of a parameter or buffer -> its shape. Only tensors whose shape differs; every alias of a shared
-            tensor is listed.
+        shapes: name of a parameter or buffer -> its shape, with None for whole dimensions, so that a new classifier may
+            have another number of classes. Only tensors whose shape differs; every alias of a shared tensor is listed.
         attributes: module -> attribute -> its value. Only what does not follow from the shapes.
         biases: linear layers and convolutions that were built without a bias and have one now.
         version: of the format.
     """
 
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    shapes: Mapping[str, PartialShape] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     version: int = RECORD_VERSION
@@ -54,8 +56,11 @@ class Record:
         attributes = {module: dict(values) for module, values in self.attributes.items()}
         for module, values in later.attributes.items():
             attributes.setdefault(module, {}).update(values)
-        biases = tuple(sorted({*self.biases, *later.biases}))
-        return Record({**self.shapes, **later.shapes}, attributes, biases)
+        shapes = dict(self.shapes)
+        for name, shape in later.shapes.items():
+            before = shapes.get(name, shape)
+            shapes[name] = tuple(new if new is not None else old for new, old in zip(shape, before, strict=True))
+        return Record(shapes, attributes, tuple(sorted({*self.biases, *later.biases})))
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON data."""
@@ -88,13 +93,15 @@ class Record:
         unknown = [key for key in data if key not in _FIELDS]
         if unknown:
             _refuse(_shown(unknown[0]), "this field", f"is not known; the fields are {', '.join(_FIELDS)}")
-        shapes = {}
+        shapes: dict[str, PartialShape] = {}
         _check_mapping("shapes", data.get("shapes", {}))
         for name, shape in data.get("shapes", {}).items():
             place = f"shapes[{_shown(name)}]"
             if type(shape) is not list or not shape:
                 _refuse(place, shape, "must be a list of sizes")
-            shapes[_name(place, name)] = _sizes(place, shape)
+            if all(size is None for size in shape[:17]):
+                _refuse(place, "this field", "names no dimension that differs")
+            shapes[_name(place, name)] = _sizes(place, shape, may_be_whole=True)
         attributes: dict[str, dict[str, int | Shape]] = {}
         _check_mapping("attributes", data.get("attributes", {}))
         for module, values in data.get("attributes", {}).items():
@@ -156,10 +163,12 @@ def _size(place: str, value: Any) -> int:
     return value
 
 
-def _sizes(place: str, value: list[Any]) -> Shape:
+def _sizes(place: str, value: list[Any], may_be_whole: bool = False) -> Any:
     if not value or len(value) > 16:
         _refuse(place, value, "must hold 1 to 16 sizes")
-    return tuple(_size(f"{place}[{i}]", item) for i, item in enumerate(value))
+    return tuple(
+        None if item is None and may_be_whole else _size(f"{place}[{i}]", item) for i, item in enumerate(value)
+    )
 
 
 # -- standard layers ----------------------------------------------------------------------------------------------
@@ -296,7 +305,7 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
         if len(shape) != len(dense):
             _refuse(place, len(shape), f"dimensions were given; this tensor has {len(dense)}")
         for dim, (size, most) in enumerate(zip(shape, dense, strict=True)):
-            if size > most:
+            if size is not None and size > most:
                 _refuse(f"{place}[{dim}]", size, f"is more than the {most} that the configuration builds")
         for other in aliases[id(tensors[name])]:
             if record.shapes.get(other, shape) != shape:
@@ -304,8 +313,9 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
 
     new_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, shape in record.shapes.items():
+        whole = tuple(tensors[name].shape)
         for alias in aliases[id(tensors[name])]:
-            new_shapes[alias] = shape
+            new_shapes[alias] = tuple(w if size is None else size for size, w in zip(shape, whole, strict=True))
 
     settings = [setting for path, values in record.attributes.items() for setting in _settings(path, values, modules)]
     given = {(id(module), name): value for module, name, value in settings}

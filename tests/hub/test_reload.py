@@ -13,6 +13,7 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 import hf_compress
+from hf_compress.errors import RecordError
 from hf_compress.hub import HfCompressConfig
 from hf_compress.surgery import record_of
 
@@ -148,15 +149,26 @@ def test_loaded_model_trains_under_trainer(family: str, folders: dict[str, Path]
         assert torch.equal(load(tmp_path)(x).logits, model.eval()(x).logits)
 
 
-def test_a_record_may_be_passed_with_dense_looking_weights_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    """A record that asks for other sizes than the weights have is the stock loader's own error, not a wrong model."""
+def test_weights_of_other_sizes_than_the_record_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The stock loader finds it from 5.23 on; before that the quantizer does."""
     model, _ = FAMILIES["resnet_basic"]()
     smaller = load(folders["resnet_basic"])
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text((folders["resnet_basic"] / "model" / "config.json").read_text())
     assert smaller.config.quantization_config.record.shapes
-    with pytest.raises(RuntimeError, match="mismatch"):
+    with pytest.raises((RuntimeError, RecordError), match=r"mismatch|do not belong together"):
         load(tmp_path)
+
+
+def test_a_compressed_model_takes_a_new_classifier(folders: dict[str, Path], tmp_path: Path) -> None:
+    dense_head = load(folders["vit"]).classifier.weight
+    model = load(folders["vit"], num_labels=3, ignore_mismatched_sizes=True)
+    assert model.classifier.weight.shape == (3, dense_head.shape[1])
+    model.save_pretrained(tmp_path / "model")
+    again = load(tmp_path)
+    x, _ = torch.load(folders["vit"] / "expected.pt")
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, model(x).logits) and again(x).logits.shape[1] == 3
 
 
 # -- importing ----------------------------------------------------------------------------------------------------
