@@ -15,7 +15,6 @@ from tiny import tiny
 
 from hf_compress.errors import CheckpointError
 from hf_compress.recipe import load_recipe, run_recipe
-from hf_compress.recipe.folder import MARKER
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FASHION = Path(__file__).parents[3] / "shared" / "data" / "fashion_mnist"
