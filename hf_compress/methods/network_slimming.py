@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_compress.axes.finding import Inputs
 
 from .axis_callback import AxisCallback, Grouping, check_number
-from .penalties import Penalty, penalty_from
+from .penalties import Penalty, as_penalty
 
 
 class NetworkSlimmingCallback(AxisCallback):
@@ -89,12 +89,7 @@ class NetworkSlimmingCallback(AxisCallback):
     def _validate(self) -> None:
         super()._validate()
         check_number("strength", self.strength, minimum=0)
-        if isinstance(self.penalty, Penalty):
-            self.penalty_ = self.penalty
-        elif isinstance(self.penalty, Mapping):
-            self.penalty_ = penalty_from(**{"name": None, **self.penalty})
-        else:
-            self.penalty_ = penalty_from(self.penalty)
+        self.penalty_ = as_penalty(self.penalty)
 
 
 def unscale_gradients(optimizer: Any) -> None:

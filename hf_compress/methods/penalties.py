@@ -261,6 +261,17 @@ def penalty_from(name: str, **parameters: float) -> Penalty:
         raise MethodError(f"penalty {name!r} needs its parameter {known[0]!r}: give it a number.") from None
 
 
+def as_penalty(penalty: str | Mapping[str, Any] | Penalty) -> Penalty:
+    """A penalty from what callbacks take: a name, a mapping ``{"name": ..., parameters}`` or a Penalty.
+
+    Raises:
+        MethodError: as :func:`penalty_from`.
+    """
+    if isinstance(penalty, Penalty):
+        return penalty
+    return penalty_from(**{"name": None, **penalty}) if isinstance(penalty, Mapping) else penalty_from(penalty)
+
+
 def _number(penalty: Penalty, field: str) -> float:
     value = getattr(penalty, field)
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,7 +11,7 @@ by proximal alternating linearised steps of length 1/alpha, where 1/alpha is the
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_compress.axes.finding import Inputs
-from hf_compress.errors import NothingToShrinkError
+from hf_compress.errors import MethodError, NothingToShrinkError
 from hf_compress.surgery.plan import Plan
 
 from .axis_callback import AxisCallback, Grouping, check_number
-from .penalties import L1
+from .penalties import L1, Penalty, as_penalty
 from .scales import Scales
 
 logger = logging.get_logger(__name__)
@@ -87,6 +87,9 @@ class ProximalSlimmingCallback(AxisCallback):
         strength: lambda; at least 0. The authors' code uses 0.0045 (VGG-19), 0.004 (DenseNet-40), 0.002 (ResNet-164) on
             CIFAR-10 with a learning rate of 0.1.
         coupling: beta, above 0; 100, 100 and 0.25 there.
+        penalty: what takes the place of the l1 norm on xi; a name, a mapping ``{"name": ..., parameters}`` or a Penalty
+            with a proximal operator. Other than ``"l1"`` is not in the paper: MCP and SCAD stop pulling at scales beyond
+            ``a * strength``, so that what stays is not held down.
         axes: glob pattern or patterns of the axis names to act on; None for all.
         inexact: also act on axes whose removal is not the same function as masking.
         grouping: ``"axis"`` soft-thresholds the root mean square of an index's scales, so that an index of an axis with
@@ -115,6 +118,7 @@ class ProximalSlimmingCallback(AxisCallback):
         strength: float,
         coupling: float,
         *,
+        penalty: str | Mapping[str, Any] | Penalty = "l1",
         axes: str | Sequence[str] | None = None,
         inexact: bool = False,
         grouping: Grouping = "axis",
@@ -125,6 +129,7 @@ class ProximalSlimmingCallback(AxisCallback):
     ) -> None:
         self.strength = strength
         self.coupling = coupling
+        self.penalty = penalty
         self.axes = axes
         self.inexact = inexact
         self.grouping = grouping
@@ -253,15 +258,24 @@ class ProximalSlimmingCallback(AxisCallback):
         super()._validate()
         check_number("strength", self.strength, minimum=0)
         check_number("coupling", self.coupling, minimum=0, is_open=True)
+        self.penalty_ = as_penalty(self.penalty)
+        self.penalty_.proximal(torch.zeros(1), 1.0, 1.0)  # raises where there is no closed form
 
     def _shrink(self, v: Tensor, step: float | Tensor) -> Tensor:
-        """The proximal operator of ``strength`` times the norm on xi."""
+        """The proximal operator of the penalty on xi."""
+        if isinstance(step, Tensor) and step.ndim:  # scales that learn at different rates
+            if not isinstance(self.penalty_, L1):
+                raise MethodError(
+                    f"penalty {self.penalty_.name!r} needs one learning rate for all scales. Put them into one parameter "
+                    "group, or use 'l1'."
+                )
+            if self.grouping == "axis":
+                assert self.scales_ is not None
+                step = self.scales_.mean(step)
         if self.grouping == "scale":
-            return L1().proximal(v, step, self.strength)
-        scales = self.scales_
-        assert scales is not None
-        shared = scales.mean(step) if isinstance(step, Tensor) and step.ndim else step
-        return scales.scaled_by_index(v, lambda root: L1().proximal(root, shared, self.strength))
+            return self.penalty_.proximal(v, step, self.strength)  # type: ignore[arg-type]  # checked above
+        assert self.scales_ is not None
+        return self.scales_.scaled_by_index(v, lambda root: self.penalty_.proximal(root, step, self.strength))  # type: ignore[arg-type]
 
     def _find_groups(self, optimizer: Any) -> None:
         """Which of the optimizer's groups trains which scale; None for those that it does not train."""

@@ -205,6 +205,7 @@ def method_callback(recipe: Recipe, index: int, example_inputs: dict[str, Tensor
             return methods.ProximalSlimmingCallback(
                 stage.strength,
                 stage.coupling,
+                penalty=methods.penalty_from(stage.penalty, **stage.parameters),
                 grouping=stage.grouping or "axis",
                 gamma_init=stage.gamma_init,
                 example_inputs=example_inputs,

@@ -180,11 +180,14 @@ class ProximalSlimmingStage(Slimming):
     Attributes:
         strength: weight of the l1 norm. Paper: lambda.
         coupling: weight of the quadratic that ties the scales to their sparse copy. Paper: beta.
+        penalty, parameters: another penalty in place of the l1 norm, as in ``network_slimming``; not in the paper.
     """
 
     stage: Literal["proximal_slimming"]
     strength: Annotated[float, Field(ge=0)]
     coupling: Annotated[float, Field(gt=0)]
+    penalty: str = "l1"
+    parameters: dict[str, float] = Field(default_factory=dict)
 
 
 class PruneStage(Section):

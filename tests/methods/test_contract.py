@@ -21,6 +21,7 @@ METHODS = {
     "transformed_l1": lambda **options: NetworkSlimmingCallback(TransformedL1(0.5), 1e-2, **options),
     "mcp": lambda **options: NetworkSlimmingCallback(MCP(500.0), 1e-2, **options),
     "proximal": lambda **options: ProximalSlimmingCallback(2.0, 1.0, gamma_init=0.5, **options),
+    "proximal_mcp": lambda **options: ProximalSlimmingCallback(2.0, 1.0, penalty={"name": "mcp", "a": 2.0}, **options),
     "proximal_by_scale": lambda **options: ProximalSlimmingCallback(2.0, 1.0, grouping="scale", **options),
 }
 

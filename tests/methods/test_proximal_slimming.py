@@ -412,3 +412,35 @@ def test_the_trained_support_is_a_small_model_without_fine_tuning(tmp_path):
     assert abs(data.accuracy(model) - trained) <= 0.0076  # 3 of the 397 test images
     sparsity = [entry["sparsity"] for entry in trainer.state.log_history if "loss" in entry]
     assert sparsity[0] == 0.0 < sparsity[-1]
+
+
+@pytest.mark.parametrize("grouping", ["scale", "axis"])
+def test_mcp_lets_go_of_large_scales_and_l1_does_not(grouping, tmp_path):
+    """Without a gradient, l1 pulls every scale down, MCP only those within ``a * strength`` of zero."""
+    strength, a = 0.2, 2.0
+    found = {}
+    for penalty in ("l1", {"name": "mcp", "a": a}):
+        model = scaled_classifier()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter is model.body.gamma)
+        before = model.body.gamma.detach().clone()
+        callback = ProximalSlimmingCallback(
+            strength, 1.0, penalty=penalty, grouping=grouping, example_inputs=SCALED_INPUTS, zero_on_removal=False
+        )
+        trainer = make_trainer(model, [callback], tmp_path, max_steps=40)
+        # the loss must not move the scales: only the penalty does
+        model.body.gamma.register_hook(torch.zeros_like)
+        trainer.train()
+        found[penalty if isinstance(penalty, str) else "mcp"] = callback.auxiliary_
+    far, near = before > a * strength, before < 0.5 * a * strength
+    assert far.any() and near.any()
+    # the operator is the identity there; averaging xi with an equal gamma rounds in float32, 40 times
+    assert torch.allclose(found["mcp"][far], before[far], rtol=1e-5)
+    assert (found["l1"][far] < before[far]).all()
+    assert (found["mcp"][near] < before[near]).all()
+
+
+def test_penalties_without_a_closed_form_are_refused(tmp_path):
+    callback = ProximalSlimmingCallback(0.1, 1.0, penalty={"name": "lp", "p": 0.75}, example_inputs=SCALED_INPUTS)
+    with pytest.raises(MethodError, match=r"closed form|p="):
+        make_trainer(scaled_classifier(), [callback], tmp_path)

@@ -86,7 +86,11 @@ def test_the_same_command_again_does_nothing(
     finished: tuple[Path, Any, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, result, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file() and not path.name.startswith(".hf_compress_run")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in output.rglob("*")
+        if path.is_file() and not path.name.startswith(".hf_compress_run")
+    }
     monkeypatch.setattr(
         "hf_compress.recipe.preparation.prepare", lambda recipe: pytest.fail("looked at data and model")
     )
