@@ -106,7 +106,7 @@ def main() -> None:
         "--image-size", type=int, default=32, help="smaller images make cheaper steps, so a harder test"
     )
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=Path("callback_overhead.json"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "callback_overhead.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rounds, steps = (5, 8) if options.quick else (15, 30)
