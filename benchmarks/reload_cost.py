@@ -22,12 +22,14 @@ IMPORTS = {
 }
 TIME_IMPORT = "import time; start = time.perf_counter()\n{}\nprint(time.perf_counter() - start)"
 LOAD = """
-import resource, sys, time
+import re, sys, time
 import torch, hf_compress, transformers
 transformers.AutoModelForImageClassification.from_pretrained(sys.argv[2])  # a tiny model pays for the imports
 start = time.perf_counter()
 transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1])
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+seconds = time.perf_counter() - start
+# not getrusage: it counts what the parent held when it started this process
+print(seconds, re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 """
 
 

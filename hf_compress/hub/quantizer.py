@@ -8,7 +8,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from hf_compress.errors import RecordError
-from hf_compress.surgery.skeleton import apply_record
+from hf_compress.surgery.skeleton import apply_record, named_tensors
 
 from .config import HfCompressConfig
 
@@ -24,16 +24,16 @@ class HfCompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         apply_record(model, self.quantization_config.record)
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # releases of transformers before 5.23 do not compare shapes where a quantizer is at work
-        for key, tensor in model.state_dict().items():
-            if tuple(tensor.shape) != self._shapes.get(key, tuple(tensor.shape)):
+        for key, tensor in named_tensors(model):
+            if tensor.shape != self._shapes.get(key, tensor.shape):
                 raise RecordError(
                     f"the checkpoint's {key!r} has shape {tuple(tensor.shape)}, its config.json asks for "
-                    f"{self._shapes[key]}. The two do not belong together; save the checkpoint again."
+                    f"{tuple(self._shapes[key])}. The two do not belong together; save the checkpoint again."
                 )
         for name in ("hf_quantizer", "quantization_method"):
             vars(model).pop(name, None)

@@ -170,7 +170,7 @@ def _cut(model: nn.Module, plan: Plan, axes: AxisGraph, new_biases: Sequence[str
             if not bool(mask.all()):
                 new = new.index_select(dim, mask.nonzero().flatten().to(new.device))
         if new.shape != old.shape:
-            replace_tensor(model, names, new)
+            replace_tensor(modules, names, new)
             differs = tuple(
                 after if after != whole else None for after, whole in zip(new.shape, old.shape, strict=True)
             )

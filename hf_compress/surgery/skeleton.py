@@ -248,14 +248,18 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def replace_tensor(model: nn.Module, names: list[str], new: Tensor) -> None:
+def replace_tensor(modules: Mapping[str, nn.Module], names: list[str], new: Tensor) -> None:
     """Put ``new`` where a parameter or buffer is, under all of its names; class and ``requires_grad`` are kept.
 
     A new object, not a new ``.data``: autograd remembers the shape of a parameter for as long as any graph that used it
     lives.
+
+    Args:
+        modules: path -> module, shared modules under every path.
+        names: of one tensor.
     """
     path, _, name = names[0].rpartition(".")
-    old = getattr(model.get_submodule(path), name)
+    old = getattr(modules[path], name)
     if isinstance(old, nn.Parameter):
         if type(old) is nn.Parameter:
             new = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -264,7 +268,10 @@ def replace_tensor(model: nn.Module, names: list[str], new: Tensor) -> None:
         new.__dict__.update(old.__dict__)
     for full in names:
         path, _, name = full.rpartition(".")
-        setattr(model.get_submodule(path), name, new)
+        module = modules[path]
+        # what nn.Module.__setattr__ comes to for a tensor that is there already, without its search
+        store: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        store[name] = new
 
 
 def with_item_type(old: Any, value: int | Shape) -> Any:
@@ -341,7 +348,7 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
     for names in aliases.values():
         tensor, shape = tensors[names[0]], new_shapes[names[0]]
         if tuple(tensor.shape) != shape:
-            replace_tensor(model, names, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+            replace_tensor(modules, names, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
     for path in record.biases:
         weight = modules[path].weight
         bias = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
