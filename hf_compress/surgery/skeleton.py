@@ -415,14 +415,12 @@ def _check_layer(
             if old[name][0] == weight[out] * (getattr(module, "groups", 1) if out else 1):
                 place = f"shapes[{_shown(f'{path}.{name}' if path else name)}]"
                 _refuse(place, shape[0], f"does not agree with the layer's weight, which has {new['weight'][out]}")
-    for name, whole in (("groups", new["weight"][0]), ("num_groups", new["weight"][0])):
+    if not isinstance(module, (*_WITH_OPTIONAL_BIAS, nn.GroupNorm)):
+        return
+    whole = new["weight"][0]
+    for name in ("groups", "num_groups"):
         count = given.get((id(module), name), vars(module).get(name))
-        if (
-            type(count) is int
-            and count > 0
-            and whole % count
-            and isinstance(module, (*_WITH_OPTIONAL_BIAS, nn.GroupNorm))
-        ):
+        if type(count) is int and count > 0 and whole % count:
             place = f"attributes[{_shown(path)}][{name!r}]"
             _refuse(place, count, f"groups do not divide the layer's {whole} channels")
 
