@@ -21,9 +21,10 @@ Built = tuple[nn.Module, Tensor]
 def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every float parameter and statistic a generic value."""
     generator = torch.Generator().manual_seed(seed)
+    saved = model.state_dict()  # a buffer that checkpoints leave out is a constant of the architecture
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or name not in saved:
                 continue
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
             if name.endswith("running_var"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,37 @@ from hf_compress.axes import AxisGraph
 
 def logits(output: object) -> Tensor:
     return output.logits if hasattr(output, "logits") else output
+
+
+def tensors_of(output: object) -> Iterator[Tensor]:
+    """Every tensor in what a model returned, in order: outputs of models are nested tuples and mappings."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for item in output.values():
+            yield from tensors_of(item)
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from tensors_of(item)
+
+
+def largest_difference(got: object, expected: object) -> float:
+    """The largest difference of two nested outputs, each tensor relative to its largest expected value.
+
+    Infinite where they disagree about structure, shapes, whole numbers or which values are not finite.
+    """
+    pairs = list(zip(tensors_of(got), tensors_of(expected), strict=True))
+    worst = 0.0
+    for a, b in pairs:
+        if a.shape != b.shape or (not b.is_floating_point() and not torch.equal(a, b)):
+            return float("inf")
+        finite = b.isfinite()
+        if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()) or not a[finite].isfinite().all():
+            return float("inf")
+        if finite.any():
+            a, b = a[finite].double(), b[finite].double()
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
+    return worst
 
 
 def zero_at_producers(model: nn.Module, graph: AxisGraph, keep: dict[str, Tensor]) -> nn.Module:
@@ -32,6 +64,14 @@ def zero_at_producers(model: nn.Module, graph: AxisGraph, keep: dict[str, Tensor
 def cut(model: nn.Module, graph: AxisGraph, keep: dict[str, Tensor]) -> nn.Module:
     """The plainest possible surgery: slice every tensor, set every attribute that the graph names."""
     sizes = {name: int(mask.sum()) for name, mask in keep.items()}
+    with torch.no_grad():
+        for rescale in graph.rescales:
+            rows = model.get_parameter(rescale.parameter)
+            rows.index_copy_(
+                rescale.dim,
+                rescale.positions,
+                rows.index_select(rescale.dim, rescale.positions) * rescale.factor(sizes),
+            )
     new_tensors: dict[int, Tensor] = {}
     named = [
         *model.named_parameters(remove_duplicate=False),

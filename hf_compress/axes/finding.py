@@ -6,7 +6,8 @@ import inspect
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,19 +21,23 @@ from .algebra import (
     Index,
     Polynomial,
     add_into,
+    concatenation,
     find,
+    fixed,
     flag,
     freeze,
     is_fixed,
     leaves,
     multiply,
     positions,
+    product,
     size_polynomial,
     unify,
 )
 from .attributes import HEAD_COUNT_ATTRIBUTES
-from .graph import AttributeLaw, Axis, AxisGraph, Contraction, Member, SizeLaw
-from .provenance import AttributeKey, TracedInt, evaluate, origins, traced_attributes, watched_logarithms
+from .graph import AttributeLaw, Axis, AxisGraph, Contraction, Member, Rescale, SizeFactor, SizeLaw
+from .provenance import AttributeKey, Expression, TracedInt, evaluate, origins, traced_attributes, watched_mathematics
+from .scaling import Absorbed
 from .tracing import Tracer, overlaps, tensors_in
 
 Inputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor] | None
@@ -107,12 +112,9 @@ def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
     tracer, output = _watch(model, example_inputs)
     if tracer.unexplained:  # what a function keeps from an earlier call is the same object again, and so a constant
         tracer, output = _watch(model, example_inputs, tracer.unexplained)
-    for tensor in _outputs(output, set()):
-        if tracer.knows(tensor):
-            value = tracer.value(tensor)
-            value.readers.append(("output", ""))
-            for dim in value.dims:
-                freeze(dim, "model output")
+    _keep_outputs(tracer, output)
+    if tracer.idle:
+        _watch_training(model, tracer, example_inputs)
     if tracer.without_rule:
         met = ", ".join(f"{name} (in {path or 'the model'})" for name, path in sorted(tracer.without_rule.items()))
         warnings.warn(f"no rule for: {met}; the axes they touch stay whole.", UserWarning, stacklevel=2)
@@ -126,12 +128,12 @@ def _watch(model: nn.Module, inputs: Any, constants: Sequence[Tensor] = ()) -> t
         undisturbed(model),
         _uncompiled(),
         traced_attributes(model, tracer.watcher),
-        watched_logarithms(),
+        watched_mathematics(),
         torch.no_grad(),
     ):
         for tensor in tensors_in(inputs):
             for dim in tracer.value(tensor).dims:
-                freeze(dim, "model input")
+                dim.frozen = "model input"
         with tracer:
             try:
                 return tracer, run_model(model, inputs)
@@ -142,11 +144,50 @@ def _watch(model: nn.Module, inputs: Any, constants: Sequence[Tensor] = ()) -> t
                 ) from error
 
 
+def _keep_outputs(tracer: Tracer, output: Any) -> None:
+    """What a model returns keeps its shape."""
+    for tensor in _outputs(output, set()):
+        if tracer.knows(tensor):
+            value = tracer.value(tensor)
+            value.readers.append(("output", ""))
+            tracer.gains.use(value.gain)
+            for dim in value.dims:
+                freeze(dim, "model output")
+
+
+def _watch_training(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
+    """Watch the pass that training makes as well: heads that evaluation leaves out read axes too.
+
+    Layers of torch itself stay in evaluation mode, so that no statistic of one example is needed. A model that only trains
+    on labels stops somewhere on the way; what was seen up to there is true, and what was not read stays whole.
+    """
+    costs, contractions = len(tracer.costs), len(tracer.contractions)
+    with (
+        undisturbed(model),
+        _uncompiled(),
+        traced_attributes(model, tracer.watcher),
+        watched_mathematics(),
+        torch.no_grad(),
+    ):
+        for module in model.modules():
+            module.training = not (is_standard(module) or isinstance(module, nn.modules.batchnorm._NormBase))
+        with tracer:
+            try:
+                output = run_model(model, inputs)
+            except Exception:
+                output = None
+    _keep_outputs(tracer, output)
+    del tracer.costs[costs:], tracer.contractions[contractions:]
+
+
 def _outputs(output: Any, seen: set[int]) -> Iterator[Tensor]:
     """Every tensor in what a model returned, also inside plain objects."""
     if id(output) in seen:
         return
     seen.add(id(output))
+    cache = getattr(sys.modules.get("transformers.cache_utils"), "Cache", None)
+    if cache is not None and isinstance(output, cache):
+        return  # keys and values for the model's own next call
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -194,6 +235,10 @@ def _uncompiled() -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
+# transformers installs hooks in the first pass and remembers that in an attribute: both stay or both go
+_RESTORED = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Any:
     """Evaluation mode for the duration; modes, attributes, caches, buffers and random states come back."""
@@ -202,7 +247,7 @@ def undisturbed(model: nn.Module) -> Any:
         (value, dict(value) if isinstance(value, dict) else list(value))
         for _, saved in namespaces
         for name, value in saved.items()
-        if type(value) in (dict, list) and (not name.startswith("_") or name in ("_parameters", "_buffers"))
+        if type(value) in (dict, list, OrderedDict) and (not name.startswith("_") or name in _RESTORED)
     ]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     random_state, torch_state = random.getstate(), torch.get_rng_state()
@@ -246,6 +291,7 @@ class _Ties:
         self.measured: dict[AttributeKey, list[Index]] = {}
         self.expressions: list[tuple[TracedInt, Index, str]] = []
         self.equal: list[tuple[Index, Index]] = []
+        self.absorbed: list[Absorbed] = []
 
     def collect(self) -> None:
         for value, dim, module in self.tracer.ties:
@@ -255,12 +301,43 @@ class _Ties:
                 if isinstance(a.origin, AttributeKey) and isinstance(b.origin, Index):
                     self._add(a, b.origin, a.origin.module)
                     break
+        self.absorbed += self.tracer.gains.absorbed(lambda name: len(self.tracer.parameters[name].readers))
+        for item in self.absorbed:
+            for size, _ in item.factor:
+                self._learn(size)
         for value in self.tracer.watcher.real:
             self._mark_scale(value)
         for key, dims in self.measured.items():
             for dim in dims[1:]:
                 self._tie_sizes(dims[0], dim, key)
+        for value, dim, _ in self.expressions:
+            self._measure_quotient(value, dim)
+            self._measure_difference(value, dim)
         self._check_expressions()
+
+    def _measure_quotient(self, value: TracedInt, dim: Index) -> None:
+        """``width // heads`` that measures a head measures the width too, where nothing else does."""
+        origin = value.origin
+        if not isinstance(origin, Expression) or origin.function is not int.__floordiv__:
+            return
+        left, right = (getattr(side, "origin", None) for side in (origin.left, origin.right))
+        nodes = [right] if isinstance(right, Index) else self.measured.get(right, []) if right else []  # type: ignore[arg-type]
+        if not nodes and not isinstance(right, Expression):
+            nodes = [fixed(int(origin.right), "a constant")]
+        if isinstance(left, AttributeKey) and not self.measured.get(left) and nodes:
+            whole = product([nodes[0], dim])
+            if whole.size == int(origin.left):
+                self.measured[left] = [whole]
+
+    def _measure_difference(self, value: TracedInt, dim: Index) -> None:
+        """``width - part`` that measures the rest of a dimension measures the width too, where nothing else does."""
+        origin = value.origin
+        if not isinstance(origin, Expression) or origin.function is not int.__sub__:
+            return
+        left, right = (getattr(side, "origin", None) for side in (origin.left, origin.right))
+        part = self.measured.get(right) if isinstance(right, AttributeKey) else None
+        if isinstance(left, AttributeKey) and not self.measured.get(left) and part:
+            self.measured[left] = [concatenation([part[0], dim])]
 
     def _add(self, value: TracedInt, dim: Index, module: str) -> None:
         if isinstance(value.origin, Index):
@@ -340,9 +417,56 @@ class _Ties:
                 if all(is_fixed(node) for node in nodes):
                     pending.remove(expression)
                 elif not all(self._holds(value, dim, groups, draw) for _ in range(3)):
-                    for node in nodes:
-                        freeze(node, f"integer arithmetic in the forward pass of {module or 'the model'}")
+                    pair = self._missing_tie(value, dim, groups)
+                    if pair is not None:
+                        self.equal.append(pair)
+                        groups = self.size_groups()
+                    else:
+                        for node in nodes:
+                            freeze(node, f"integer arithmetic in the forward pass of {module or 'the model'}")
                     changed = True
+
+    def _missing_tie(self, value: TracedInt, dim: Index, groups: list[set[Index]]) -> tuple[Index, Index] | None:
+        """Two leaves that have to keep the same size for an integer to follow its dimension, if that is all it takes.
+
+        ``width // heads`` measures the dimensions of a head; where it serves queries and values, those keep equally many.
+        """
+        asked, have = self._symbolic(value, groups), _renamed(size_polynomial(dim), groups)
+        if asked is None or len(asked) != 1 or len(have) != 1:
+            return None
+        (left, a), (right, b) = next(iter(asked.items())), next(iter(have.items()))
+        left, right = _without_each(left, right), _without_each(right, left)
+        if a == b and len(left) == len(right) == 1 and left[0].size == right[0].size:
+            return left[0], right[0]
+        return None
+
+    def _symbolic(self, value: int, groups: list[set[Index]]) -> Polynomial | None:
+        """An integer as a polynomial in the sizes of leaves; None where it is none."""
+        origin = value.origin if isinstance(value, TracedInt) else None
+        if isinstance(origin, AttributeKey):
+            nodes = self.measured.get(origin)
+            origin = nodes[0] if nodes else None
+        if isinstance(origin, Index):
+            return _renamed(size_polynomial(origin), groups)
+        if not isinstance(origin, Expression):
+            return {(): int(value)}
+        left, right = self._symbolic(origin.left, groups), self._symbolic(origin.right, groups)
+        if left is None or right is None:
+            return None
+        if origin.function in (int.__add__, int.__sub__):
+            total = dict(left)
+            add_into(total, right, 1 if origin.function is int.__add__ else -1)
+            return {monomial: coefficient for monomial, coefficient in total.items() if coefficient}
+        if origin.function is int.__mul__:
+            return multiply([left, right])
+        if origin.function is int.__floordiv__ and len(right) == 1:
+            (divisor, count), quotient = next(iter(right.items())), {}
+            for monomial, coefficient in left.items():
+                if count == 0 or coefficient % count or _without_each(divisor, monomial):
+                    return None
+                quotient[_without_each(monomial, divisor)] = coefficient // count
+            return quotient
+        return None
 
     def _holds(self, value: TracedInt, dim: Index, groups: list[set[Index]], draw: random.Random) -> bool:
         sizes: dict[Index, int] = {}
@@ -375,9 +499,45 @@ class _Ties:
             return False
 
 
+def _renamed(polynomial: Polynomial, groups: list[set[Index]]) -> Polynomial:
+    """A polynomial in which leaves that keep the same size are one."""
+    result: Polynomial = {}
+    for monomial, coefficient in polynomial.items():
+        named = [min(group, key=_serial) for leaf in monomial for group in groups if leaf in group]
+        named += [leaf for leaf in monomial if not any(leaf in group for group in groups)]
+        add_into(result, {tuple(sorted(named, key=_serial)): coefficient})
+    return result
+
+
+def _serial(leaf: Index) -> int:
+    return leaf.serial
+
+
+def _without_each(monomial: tuple[Index, ...], divisor: tuple[Index, ...]) -> tuple[Index, ...]:
+    """A monomial without the factors of another, as far as it has them."""
+    rest = list(monomial)
+    for leaf in divisor:
+        if leaf in rest:
+            rest.remove(leaf)
+    return tuple(rest)
+
+
+def _keep_unread(tracer: Tracer) -> None:
+    """What no operator read keeps its shape, unless an attribute ties it to what one did."""
+    unread = tracer.unread()
+    names = {name for name, _ in unread}
+    read = {
+        leaf for name, value in tracer.parameters.items() if name not in names for d in value.dims for leaf in leaves(d)
+    }
+    for _, value in unread:
+        for leaf in {leaf for dim in value.dims for leaf in leaves(dim)} - read:
+            freeze(leaf, "parameter that the forward pass does not read")
+
+
 def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
     ties = _Ties(model, tracer)
     ties.collect()
+    _keep_unread(tracer)
     for summed, dirty in tracer.zero_checks:
         for leaf in set.intersection(*(overlaps(item, summed) for item in dirty)):
             leaf.flags |= {"offset"}
@@ -461,7 +621,36 @@ def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
         without_rule=dict(tracer.without_rule),
         _macs=macs_law,
         _params=params_law,
+        rescales=tuple(_rescales(ties, law)),
     )
+
+
+def _rescales(ties: _Ties, law: Any) -> Iterator[Rescale]:
+    """What surgery multiplies to make up for factors that change with the axes."""
+
+    def size_law(value: int) -> Callable[[Mapping[str, int]], int]:
+        origin = value.origin if isinstance(value, TracedInt) else None
+        node = origin if isinstance(origin, Index) else None
+        if isinstance(origin, AttributeKey) and ties.measured.get(origin):
+            node = ties.measured[origin][0]
+        if node is not None:
+            return law(size_polynomial(node))
+        if isinstance(origin, Expression):
+            left, right = size_law(origin.left), size_law(origin.right)
+            return lambda sizes: origin.function(left(sizes), right(sizes))
+        return lambda sizes: int(value)
+
+    for item in ties.absorbed:
+        sizes = [(size, power) for size, power in item.factor if not _is_constant(size, ties)]
+        if sizes:
+            factor = SizeFactor([(size_law(size), power) for size, power in sizes])
+            yield Rescale(item.parameter, item.dim, item.channels, factor)
+
+
+def _is_constant(value: int, ties: _Ties) -> bool:
+    nodes = [origin if isinstance(origin, Index) else ties.measured.get(origin) for origin in origins(value)]
+    flat = [node for item in nodes if item for node in (item if isinstance(item, list) else [item])]
+    return all(is_fixed(node) for node in flat)
 
 
 def _has_one_number_each(member: Member, tracer: Tracer) -> bool:

@@ -6,8 +6,9 @@ module and no tensor of the model, so it stays valid for any copy of the same ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple, Union
 
 import numpy as np
@@ -117,6 +118,38 @@ class AttributeLaw:
     law: SizeLaw
 
 
+class SizeFactor:
+    """A product of powers of sizes, as the ratio of its dense value to that for other sizes.
+
+    Args:
+        powers: (size as a function of axis sizes, exponent) pairs.
+    """
+
+    def __init__(self, powers: list[tuple[Callable[[Mapping[str, int]], int], float]]):
+        self._powers = powers
+
+    def __call__(self, sizes: Mapping[str, int]) -> float:
+        """Dense value over the value when each named axis has the given size and all others are whole."""
+        return prod((size({}) / size(sizes)) ** power for size, power in self._powers)
+
+
+@dataclass(frozen=True, eq=False)
+class Rescale:
+    """Rows of a parameter that make up for a factor which the forward pass computes from a size (1 / sqrt(head_dim)).
+
+    Attributes:
+        parameter: name in ``named_parameters()``, of a layer that alone makes what the factor multiplies.
+        dim: which dimension.
+        positions: int64 [k], along ``dim`` of the dense parameter.
+        factor: what surgery multiplies them by, as a function of axis sizes.
+    """
+
+    parameter: str
+    dim: int
+    positions: Tensor
+    factor: SizeFactor
+
+
 @dataclass(frozen=True)
 class Contraction:
     """A linear layer or convolution that sums over ``weight`` dimension ``dim``.
@@ -145,6 +178,7 @@ class AxisGraph:
         sizes_tied: groups of axes that must keep equally many indices (they share one module attribute).
         parameter_dims: shape of every parameter and buffer.
         without_rule: operators that were met without a rule -> module where each was met first.
+        rescales: rows that surgery multiplies to make up for factors that change with a size.
     """
 
     axes: dict[str, Axis]
@@ -156,6 +190,7 @@ class AxisGraph:
     without_rule: dict[str, str]
     _macs: SizeLaw
     _params: SizeLaw
+    rescales: tuple[Rescale, ...] = ()
     _by_dim: dict[tuple[str, int], list[tuple[str, Tensor]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -3,8 +3,9 @@
 ``x.view(batch, tokens, self.head_dim)`` says which attribute must change with an axis, but only to somebody who can see
 that the third integer was read from ``head_dim``. While a forward pass is watched, the width attributes of all modules
 are :class:`TracedInt`, as are the items of every ``tensor.shape``; arithmetic on them builds an expression, and a use as
-a real number (``1 / sqrt(head_dim)``) is noted. One thing cannot be seen: a float that comes first in an operation
-(``0.5 * width``) computes with an int without asking it.
+a real number is noted. Powers of sizes (``1 / sqrt(head_dim)``) are :class:`TracedFloat`, so that surgery can make up for
+their change (see ``scaling.py``). One thing cannot be seen: a float that comes first in an operation with an int
+(``0.5 * width``) computes with it without asking it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Watcher:
     def __init__(self) -> None:
         self.equal: list[tuple[TracedInt, TracedInt]] = []
         self.real: list[TracedInt] = []
+        self.floats: list[TracedFloat] = []
 
 
 class TracedInt(int):
@@ -63,6 +65,10 @@ class TracedInt(int):
 
     def _combine(self, other: Any, function: Callable[[int, int], int], swapped: bool = False) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
+            if isinstance(other, float) and function is int.__mul__:
+                if isinstance(other, TracedFloat):
+                    return NotImplemented  # it does the same
+                return TracedFloat(int(self), ((self, 1.0),), self.watcher) * other
             if isinstance(other, float):
                 self.watcher.real.append(self)
             return NotImplemented
@@ -100,14 +106,16 @@ class TracedInt(int):
         return self._combine(0, int.__sub__, swapped=True)
 
     def __truediv__(self, other: Any) -> Any:
-        self.watcher.real.append(self)
-        return int(self) / other
+        return TracedFloat(int(self), ((self, 1.0),), self.watcher) / other
 
     def __rtruediv__(self, other: Any) -> Any:
-        self.watcher.real.append(self)
-        return other / int(self)
+        return other / TracedFloat(int(self), ((self, 1.0),), self.watcher)
 
     def __pow__(self, other: Any, modulus: Any = None) -> Any:
+        if modulus is None and type(other) is int and other >= 0:
+            return self._combine(other, int.__pow__)
+        if modulus is None and type(other) in (int, float):
+            return TracedFloat(int(self), ((self, 1.0),), self.watcher) ** other
         self.watcher.real.append(self)
         return pow(int(self), other, modulus)
 
@@ -147,6 +155,109 @@ class TracedInt(int):
         return (int, (int(self),))
 
 
+Powers = tuple[tuple[TracedInt, float], ...]
+
+
+class TracedFloat(float):
+    """A number times powers of traced integers, such as ``head_dim ** -0.5``.
+
+    ``powers``: pairs of an integer and its exponent; the number itself does not matter, for only the ratio of two sizes
+    is asked for. ``is_followed`` tells whether the float went into another one or into a tensor whose values it scales;
+    the sizes behind a float that was used in any other way count as used as real numbers.
+    """
+
+    powers: Powers
+    watcher: Watcher
+    is_followed: bool
+
+    def __new__(cls, value: float, powers: Powers, watcher: Watcher) -> TracedFloat:
+        self = super().__new__(cls, value)
+        self.powers = powers
+        self.watcher = watcher
+        self.is_followed = False
+        watcher.floats.append(self)
+        return self
+
+    def give_up(self) -> float:
+        """Say that the float was used in a way that is not followed; returns it as a plain number."""
+        self.watcher.real += [size for size, _ in self.powers]
+        return float.__add__(self, 0.0)
+
+    def _derive(self, value: float, powers: Powers) -> TracedFloat:
+        self.is_followed = True
+        return TracedFloat(value, powers, self.watcher)
+
+    def _times(self, other: Any, exponent: float, value: Callable[[float, float], float]) -> Any:
+        """The product of this float and a power of another number."""
+        powers = self.powers
+        if isinstance(other, TracedFloat):
+            other.is_followed = True
+            powers += tuple((size, exponent * power) for size, power in other.powers)
+        elif isinstance(other, TracedInt):
+            powers += ((other, exponent),)
+        elif not isinstance(other, (int, float)):
+            return NotImplemented
+        return self._derive(value(plain(self), plain(other)), powers)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._times(other, 1.0, float.__mul__)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._times(other, -1.0, float.__truediv__)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return NotImplemented
+        return (self**-1.0) * other
+
+    def __pow__(self, other: Any, modulus: Any = None) -> Any:
+        if modulus is not None or type(other) not in (int, float):
+            return pow(self.give_up(), other)
+        return self._derive(plain(self) ** other, tuple((size, power * other) for size, power in self.powers))
+
+    def __neg__(self) -> TracedFloat:
+        return self._derive(-plain(self), self.powers)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **settings: Any) -> Any:
+        for value in inputs:
+            if isinstance(value, (TracedInt, TracedFloat)):
+                value.give_up() if isinstance(value, TracedFloat) else value.watcher.real.append(value)
+        return getattr(ufunc, method)(*(plain(x) if isinstance(x, (int, float)) else x for x in inputs), **settings)
+
+    def __copy__(self) -> float:
+        return plain(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> float:
+        return plain(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (float, (plain(self),))
+
+
+def _giving_up(name: str) -> Callable[..., Any]:
+    original = getattr(float, name)
+
+    def method(self: TracedFloat, *others: Any) -> Any:
+        self.give_up()
+        return original(self, *(plain(x) if isinstance(x, (TracedInt, TracedFloat)) else x for x in others))
+
+    return method
+
+
+for (
+    _name
+) in """__add__ __radd__ __sub__ __rsub__ __rpow__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __divmod__ __rdivmod__
+        __abs__ __int__ __trunc__ __floor__ __ceil__ __round__ __float__ is_integer as_integer_ratio""".split():
+    setattr(TracedFloat, _name, _giving_up(_name))
+
+
+def plain(value: Any) -> float:
+    """A float without a history."""
+    return float.__add__(value, 0.0) if isinstance(value, float) else float(int(value))
+
+
 def origins(value: Any) -> Iterator[Index | AttributeKey]:
     """The axes and attributes that an integer was computed from."""
     if isinstance(value, TracedInt):
@@ -169,26 +280,31 @@ def evaluate(value: int, attribute: Callable[[AttributeKey, int], int], size: Ca
     return origin.function(evaluate(origin.left, attribute, size), evaluate(origin.right, attribute, size))
 
 
-_LOGARITHMS = ("log", "log2", "log10", "isqrt")  # these read an int without asking it
-
-
 @contextmanager
-def watched_logarithms() -> Iterator[None]:
-    """Let ``math.log`` and its kin report traced integers, as ``math.sqrt`` does through ``__float__``."""
-    originals = {name: getattr(math, name) for name in _LOGARITHMS}
+def watched_mathematics() -> Iterator[None]:
+    """Let the functions of ``math`` see traced numbers; those other than ``sqrt`` use them in a way that is not followed."""
+    originals = {name: value for name, value in vars(math).items() if callable(value)}
 
     def reporting(original: Callable[..., Any]) -> Callable[..., Any]:
-        def function(*args: Any) -> Any:
+        def function(*args: Any, **kwargs: Any) -> Any:
             for value in args:
-                if isinstance(value, TracedInt):
+                if isinstance(value, TracedFloat):
+                    value.give_up()
+                elif isinstance(value, TracedInt):
                     value.watcher.real.append(value)
-            return original(*args)
+            return original(*args, **kwargs)
 
         return function
 
+    def sqrt(value: Any) -> Any:
+        return value**0.5 if isinstance(value, (TracedInt, TracedFloat)) else originals["sqrt"](value)
+
+    whole = ("gcd", "lcm", "prod", "ceil", "floor", "trunc")  # of ints, or asking the number itself
     try:
         for name, original in originals.items():
-            setattr(math, name, reporting(original))
+            if name not in whole:
+                setattr(math, name, reporting(original))
+        math.sqrt = sqrt  # type: ignore[assignment]
         yield
     finally:
         for name, original in originals.items():

@@ -32,6 +32,7 @@ from .algebra import (
     unify,
 )
 from .provenance import TracedInt
+from .scaling import BY_A_NUMBER
 from .tracing import LAYOUT, PASSIVE, Call, Contraction, NoRule, Value, dirty_leaves, overlaps, plain_shape, rule
 
 PASSIVE.update(
@@ -181,7 +182,9 @@ def binary(call: Call) -> Value:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         tensor, number = (a, b) if isinstance(a, Tensor) else (b, a)
         value = call.tracer.value(tensor)
-        if isinstance(number, TracedInt):
+        if isinstance(number, TracedInt) and (
+            value.gain is None or call.output is tensor or call.name not in BY_A_NUMBER
+        ):
             call.tracer.watcher.real.append(number)
         is_left = tensor is a
         multiplies = call.name in ("mul", "multiply") or (
@@ -236,6 +239,23 @@ def masked_fill(call: Call) -> Value:
     dims, _ = _broadcast([x, call.value("mask")], plain_shape(call.output))
     is_zero = isinstance(call["value"], (int, float)) and call["value"] == 0
     return Value(dims, _dirty_after_sum(dims, [x]) if is_zero else dirty_leaves(*dims))
+
+
+@rule("masked_scatter", "input mask source")
+def masked_scatter(call: Call) -> Value:
+    """Whole rows are replaced by rows of the source, as where image features take the place of tokens."""
+    x, mask, source = call.value("input"), call.value("mask"), call.value("source")
+    with torch._C.DisableTorchFunction():
+        chosen = call["mask"]
+        are_rows = chosen.dim() == len(x.dims) and (chosen.size(-1) == 1 or chosen.stride(-1) == 0)
+    if not are_rows or source.dims[-1].size != x.dims[-1].size:
+        raise NoRule("a choice of single elements")
+    for value in (x, mask, source):
+        for dim in value.dims[:-1]:
+            freeze(dim, "masked_scatter")
+    unify(x.dims[-1], source.dims[-1])
+    _broadcast([Value(x.dims), mask], plain_shape(call.output))
+    return Value(list(x.dims), x.dirty | source.dirty)
 
 
 @rule("lerp addcmul addcdiv", "input tensor1 tensor2")
@@ -333,8 +353,10 @@ def convolution(call: Call) -> Value:
     if group is None or inner.size > 1:
         call.tracer.consume(call["weight"], 1)
         call.tracer.needs_zero(summed, x.dirty)
-    for position in range(2, len(weight.dims)):
-        freeze(weight.dims[position], "kernel size")
+    for dim in weight.dims[2:]:
+        freeze(dim, "kernel size")
+    for dim in x.dims[-spatial:]:
+        freeze(dim, "spatial")
     sizes = plain_shape(call.output)
     kernel = prod(dim.size for dim in weight.dims[2:])
     dims = [*x.dims[: -spatial - 1], out, *_fresh(sizes[-spatial:], "spatial")]
@@ -368,8 +390,10 @@ def transposed_convolution(call: Call) -> Value:
         out = product([group, per_group])
         name_role(group, "groups")
         call.tracer.tie(call["groups"], group)
-    for position in range(2, len(weight.dims)):
-        freeze(weight.dims[position], "kernel size")
+    for dim in weight.dims[2:]:
+        freeze(dim, "kernel size")
+    for dim in x.dims[-spatial:]:
+        freeze(dim, "spatial")
     sizes = plain_shape(call.output)
     # every input position meets every kernel position once
     kernel = prod(dim.size for dim in weight.dims[2:])
@@ -441,23 +465,47 @@ def einsum(call: Call) -> Value:
         call.tracer.needs_zero(letters[letter], *(acting or [holders[0].dirty]))
     if len(operands) == 2:
         call.tracer.count(1, *letters.values())
-    dims = [letters[letter] for letter in right]
-    dirty = [item for value in operands for item in value.dirty]
-    return Value(dims, frozenset(leaf for item in dirty for leaf in leaves(item)) if dirty else frozenset())
+    terms = left.split(",")
+    if len(operands) == 2 and all(value.stored is None for value in operands):  # attention, as in _matmul
+        both = [letter for letter in right if letter in terms[0] and letter in terms[1]]
+        if len(both) > 1:
+            name_role(letters[both[-1]], "heads")
+            for letter in terms[1]:
+                if letter not in both:
+                    name_role(letters[letter], "value_dim" if letter in right else "head_dim")
+    # a product is zero at a masked index where one of the factors that have it is
+    dirty: set[Index] = set()
+    for letter in right if any(value.dirty for value in operands) else "":
+        size = letters[letter].size  # an operand of size 1 is broadcast
+        pairs = [(term, value) for term, value in zip(terms, operands, strict=True) if letter in term]
+        holders = [value for term, value in pairs if value.dims[term.index(letter)].size == size]
+        dirty |= set.intersection(*(overlaps(value.dirty, letters[letter]) for value in holders))
+    return Value([letters[letter] for letter in right], frozenset(dirty))
 
 
 @rule("scaled_dot_product_attention", "query key value attn_mask dropout_p is_causal scale")
 def attention(call: Call) -> Value:
     query, key, value = (call.value(name) for name in ("query", "key", "value"))
-    if call["enable_gqa"]:
-        raise NoRule("grouped-query attention inside the operator")
     sizes = plain_shape(call.output)
+    if call["enable_gqa"] and query.dims[-3].size != key.dims[-3].size:
+        # every head of keys and values serves as many neighbouring heads of queries
+        per_head, groups = query.dims[-3], key.dims[-3].size
+        shared, repeats = split(per_head, (groups, per_head.size // groups))
+        unify(key.dims[-3], value.dims[-3])
+        unify(shared, key.dims[-3])
+        name_role(shared, "heads")
+        key, value = (
+            Value([*part.dims[:-3], per_head, *part.dims[-2:]], part.dirty | dirty_leaves(repeats), gain=part.gain)
+            for part in (key, value)
+        )
     batch, _ = _broadcast([Value(part.dims[:-2]) for part in (query, key, value)], sizes[:-2])
     unify(query.dims[-1], key.dims[-1])
     unify(key.dims[-2], value.dims[-2])
     flag(key.dims[-2], "statistics")
-    if call["scale"] is None:
-        flag(query.dims[-1], "scale")
+    width = query.dims[-1]
+    factor = ((TracedInt(width.size, width, call.tracer.watcher), -0.5),) if call["scale"] is None else None
+    mask = call.value("attn_mask").gain if isinstance(call["attn_mask"], Tensor) else None
+    call.tracer.gains.attend(query.gain, key.gain, value.gain, mask, factor=factor, scale=call["scale"])
     call.tracer.needs_zero(query.dims[-1], query.dirty, key.dirty)
     if batch:
         name_role(batch[-1], "heads")
@@ -474,6 +522,62 @@ def attention(call: Call) -> Value:
     ]
     dirty = value.dirty | dirty_leaves(query.dims[-2], *own)
     return Value([*batch, query.dims[-2], value.dims[-1]], dirty)
+
+
+@rule(
+    "multi_head_attention_forward",
+    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
+    "out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight "
+    "q_proj_weight k_proj_weight v_proj_weight static_k static_v average_attn_weights is_causal",
+)
+def packed_attention(call: Call) -> list[Value]:
+    """``nn.MultiheadAttention``: it wants heads x head_dim to be as many as its input has, so these are one here."""
+    if any(isinstance(call[key], Tensor) for key in ("bias_k", "bias_v", "static_k", "static_v")):
+        raise NoRule("further keys and values")
+    inputs = [call.value(key) for key in ("query", "key", "value")]
+    query, key, value = inputs
+    width, count = query.dims[-1], int(call["num_heads"])
+    heads, head_dim = split(width, (count, width.size // count))
+    name_role(heads, "heads")
+    name_role(head_dim, "head_dim")
+    call.tracer.tie(call["num_heads"], heads)
+    call.tracer.tie(call["embed_dim_to_check"], width)
+    separate = [call[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+    if isinstance(call["in_proj_weight"], Tensor):
+        packed = call.value("in_proj_weight")
+        projections = [(part, packed.dims[1]) for part in cut(packed.dims[0], (width.size,) * 3)]
+        call.tracer.consume(call["in_proj_weight"], 1)
+    else:
+        projections = [(call.tracer.value(weight).dims[0], call.tracer.value(weight).dims[1]) for weight in separate]
+        for weight in separate:
+            call.tracer.consume(weight, 1)
+    for (out, summed), x in zip(projections, inputs, strict=True):
+        unify(out, width)
+        unify(x.dims[-1], summed)
+        call.tracer.needs_zero(summed, x.dirty)
+        call.tracer.count(1, *x.dims[:-1], out, summed)
+    if isinstance(call["in_proj_bias"], Tensor):
+        for part in cut(call.value("in_proj_bias").dims[0], (width.size,) * 3):
+            unify(part, width)
+    weight = call.value("out_proj_weight")
+    unify(weight.dims[1], width)
+    call.tracer.consume(call["out_proj_weight"], 1)
+    if isinstance(call["out_proj_bias"], Tensor):
+        unify(call.value("out_proj_bias").dims[0], weight.dims[0])
+    for name in ("attn_mask", "key_padding_mask"):
+        if isinstance(call[name], Tensor) and len(call.value(name).dims) == 3:
+            freeze(heads, "heads in an attention mask")
+    for a, b in zip(key.dims[:-1], value.dims[:-1], strict=True):
+        unify(a, b)
+    for a, b in zip(query.dims[1:-1], key.dims[1:-1], strict=True):  # the batch
+        unify(a, b)
+    flag(key.dims[0], "statistics")
+    flag(head_dim, "scale")
+    scores = [*query.dims[1:-1], heads, query.dims[0], key.dims[0]]
+    call.tracer.count(2, *scores, head_dim)
+    call.tracer.count(1, *query.dims[:-1], weight.dims[0], width)
+    shown = [dim for dim in scores if dim is not heads] if call["average_attn_weights"] in (None, True) else scores
+    return [Value([*query.dims[:-1], weight.dims[0]]), Value(shown, dirty_leaves(*shown))]
 
 
 # -- normalisation ------------------------------------------------------------------------------------------------
@@ -633,7 +737,9 @@ def spatial(call: Call) -> Value | list[Value]:
     sizes = plain_shape(one)
     lead = 1 if len(x.dims) == 3 and call.name.endswith(("2d", "2d_with_indices")) else 2
     if isinstance(call["grid"], Tensor):
-        for dim in call.value("grid").dims:
+        grid = call.value("grid")
+        unify(x.dims[0], grid.dims[0])  # deformable attention folds its heads into the batch
+        for dim in grid.dims[1:]:
             freeze(dim, "sampling grid")
     for dim in x.dims[lead:]:
         freeze(dim, "spatial")
@@ -675,6 +781,8 @@ def pixel_shuffle(call: Call) -> Value:
     channel, *kernel = split(x.dims[-3], (x.dims[-3].size // factor**2, factor, factor))
     for part in kernel:
         freeze(part, "pixel shuffle")
+    for dim in x.dims[-2:]:
+        freeze(dim, "spatial")
     sizes = plain_shape(call.output)
     return Value([*x.dims[:-3], channel, *_fresh(sizes[-2:], "spatial")], x.dirty)
 
@@ -682,6 +790,8 @@ def pixel_shuffle(call: Call) -> Value:
 @rule("pixel_unshuffle", "input downscale_factor")
 def pixel_unshuffle(call: Call) -> Value:
     x, factor = call.value("input"), int(call["downscale_factor"])
+    for dim in x.dims[-2:]:
+        freeze(dim, "spatial")
     sizes = plain_shape(call.output)
     call.tracer.tie(call["downscale_factor"], fixed(factor, "pixel shuffle"))
     channel = product([x.dims[-3], fixed(factor, "pixel shuffle"), fixed(factor, "pixel shuffle")])
@@ -691,11 +801,33 @@ def pixel_unshuffle(call: Call) -> Value:
 @rule("unfold", "input kernel_size dilation padding stride")
 def unfold(call: Call) -> Value:
     x = call.value("input")
-    if len(x.dims) != 4 or len(plain_shape(call.output)) != 3:
-        raise NoRule("sliding windows of a tensor")
+    if len(plain_shape(call.output)) == len(x.dims) + 1:  # the method: windows along one dimension
+        position, size, step = (call[key] for key in ("kernel_size", "dilation", "padding"))
+        if not all(isinstance(number, int) for number in (position, size, step)):
+            raise NoRule("windows by keyword")
+        freeze(x.dims[position], "sliding windows")
+        sizes, dims = plain_shape(call.output), list(x.dims)
+        dims[position] = fixed(sizes[position], "sliding windows")
+        return Value([*dims, fixed(sizes[-1], "window size")], x.dirty)
+    if len(x.dims) != 4:
+        raise NoRule("windows of a single image")
     sizes = plain_shape(call.output)
     kernel = sizes[1] // x.dims[1].size
+    for dim in x.dims[2:]:
+        freeze(dim, "spatial")
     return Value([x.dims[0], product([x.dims[1], fixed(kernel, "kernel size")]), fixed(sizes[2], "spatial")], x.dirty)
+
+
+@rule("fold", "input output_size kernel_size dilation padding stride")
+def fold(call: Call) -> Value:
+    x, sizes = call.value("input"), plain_shape(call.output)
+    if len(x.dims) != 3:
+        raise NoRule("one example without a batch")
+    channel, kernel = x.dims[1], x.dims[1].size // sizes[1]
+    if kernel > 1:
+        channel, kernel_part = split(channel, (sizes[1], kernel))
+        freeze(kernel_part, "kernel size")
+    return Value([x.dims[0], channel, *_fresh(sizes[2:], "spatial")], x.dirty)
 
 
 # -- layout -------------------------------------------------------------------------------------------------------
@@ -827,12 +959,20 @@ def broadcast_to(call: Call) -> Value:
 @rule("repeat tile", "input *repeats")
 def repeat(call: Call) -> Value:
     x = call.value("input")
-    repeats = [int(r) for r in call["repeats"]]
-    for asked in call["repeats"]:
-        call.tracer.tie(asked, fixed(asked, "repeats"))
-    dims = [fixed(1, "size 1")] * (len(repeats) - len(x.dims)) + list(x.dims)
-    result = [product([fixed(r, "repeats"), dim]) if r != 1 else dim for r, dim in zip(repeats, dims, strict=True)]
-    return Value(result, x.dirty)
+    asked = [1] * (len(x.dims) - len(call["repeats"])) + list(call["repeats"])  # tile may name the last dimensions only
+    padded = [fixed(1, "size 1")] * (len(asked) - len(x.dims)) + list(x.dims)
+    dims: list[Index] = []
+    copied: list[Index] = []
+    for times, dim in zip(asked, padded, strict=True):
+        if dim.size == 1 and isinstance(times, TracedInt):  # an expansion to the size of something else
+            dim = Index(times)
+            copied.append(dim)
+            call.tracer.tie(times, dim)
+        else:
+            call.tracer.tie(times, fixed(times, "repeats"))
+            dim = product([fixed(times, "repeats"), dim]) if times != 1 else dim
+        dims.append(dim)
+    return Value(dims, x.dirty | dirty_leaves(*copied))
 
 
 @rule("repeat_interleave", "input repeats dim")
@@ -985,6 +1125,11 @@ def getitem(call: Call) -> Value:
     x = call.value("input")
     index = call["index"]
     items = list(index) if isinstance(index, tuple) else [index]
+    return Value(_indexed(call, x, items, plain_shape(call.output)), x.dirty)
+
+
+def _indexed(call: Call, x: Value, items: list[Any], sizes: list[int]) -> list[Index]:
+    """The dimensions of the part of a tensor that an index of any kind names; ``sizes`` are those of the part."""
     consumed = sum(_dims_taken(item) for item in items if item is not Ellipsis)
     if not any(item is Ellipsis for item in items):
         items.append(Ellipsis)
@@ -1021,12 +1166,11 @@ def getitem(call: Call) -> Value:
         else:
             freeze(dim, "selected by position")
     if advanced:
-        sizes = plain_shape(call.output)
         extra = len(sizes) - len(dims)
         adjacent = advanced[-1] == advanced[0]
         place = advanced[0] if adjacent else 0
         dims[place:place] = _fresh(sizes[place : place + extra], "result of a gather")
-    return Value(dims, x.dirty)
+    return dims
 
 
 def _ellipsis(items: list[Any]) -> int:
@@ -1043,7 +1187,27 @@ def _dims_taken(item: Any) -> int:
 
 @rule("__setitem__", "input index value")
 def setitem(call: Call) -> list[Value]:
-    raise NoRule("assignment to a part of a tensor")
+    x = call.value("input")
+    index = call["index"]
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(item, (Tensor, list, bool)) or hasattr(item, "__array__") for item in items):
+        raise NoRule("assignment to chosen elements")
+    with torch._C.DisableTorchFunction():
+        sizes = plain_shape(call["input"][index])
+    part = _indexed(call, x, items, sizes)
+    value = call["value"]
+    if isinstance(value, Tensor):
+        source = call.tracer.value(value)
+        extra = max(0, len(source.dims) - len(part))  # leading dimensions of size 1
+        _broadcast([Value(part), Value(source.dims[extra:], source.dirty)], sizes)
+        dirty = _dirty_after_sum(part, [Value(part), Value(source.dims[extra:], source.dirty)])
+    else:
+        if isinstance(value, TracedInt):
+            call.tracer.watcher.real.append(value)
+        dirty = frozenset() if value == 0 else dirty_leaves(*part)
+    if not dirty <= x.dirty:
+        call.tracer.soil(call["input"], dirty)
+    return []
 
 
 @rule("index_select", "input dim index")
@@ -1071,12 +1235,49 @@ def embedding(call: Call) -> Value:
     return Value([*index.dims, weight.dims[1]])
 
 
-@rule("gather take_along_dim", "input dim index")
+@rule("gather", "input dim index")
 def gather(call: Call) -> Value:
-    x, index = call.value("input"), call.value("index")
-    for dim in [*x.dims, *index.dims]:
-        freeze(dim, "gather")
-    return Value(_fresh(plain_shape(call.output), "gather"))
+    return _gathered(call, "index")
+
+
+@rule("take_along_dim", "input indices dim")
+def take_along_dim(call: Call) -> Value:
+    if call["dim"] is None:
+        raise NoRule("no dim given")
+    return _gathered(call, "indices")
+
+
+def _gathered(call: Call, key: str) -> Value:
+    """Elements are chosen along one dimension; along the others the index runs beside the tensor."""
+    x, index = call.value("input"), call.value(key)
+    chosen = call["dim"] % len(x.dims)
+    dims = []
+    for position, (dim, beside) in enumerate(zip(x.dims, index.dims, strict=True)):
+        if position == chosen or dim.size != beside.size:
+            freeze(dim, "gathered by index")
+            freeze(beside, "index of a gather")
+            dims.append(fixed(beside.size, "result of a gather"))
+        else:
+            unify(dim, beside)
+            dims.append(dim)
+    return Value(dims, x.dirty)
+
+
+@rule("sort argsort", "input dim descending")
+@rule("topk", "input k dim")
+def ordered(call: Call) -> Value | list[Value]:
+    """Elements are put in order along one dimension; along the others every line is on its own."""
+    x = call.value("input")
+    which = -1 if call["dim"] is None else call["dim"]
+    if isinstance(which, bool):
+        raise NoRule("stable=... by position")
+    position = which % len(x.dims)
+    freeze(x.dims[position], "put in order")
+    one = call.output if isinstance(call.output, Tensor) else call.output[0]
+    dims = list(x.dims)
+    dims[position] = fixed(plain_shape(one)[position], "put in order")
+    places = Value(list(dims), dirty_leaves(*dims))
+    return places if isinstance(call.output, Tensor) else [Value(dims, x.dirty), places]
 
 
 @rule("roll", "input shifts dims")

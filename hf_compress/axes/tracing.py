@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .algebra import Index, find, fixed, freeze, is_fixed, leaves, product, unify
 from .provenance import TracedInt, Watcher
+from .scaling import _LAYERS, Gain, Gains
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Value:
 
     ``dims``: one node per dimension. ``dirty``: leaves at whose masked indices the tensor may be non-zero (after a
     sigmoid, say); where the tensor is not dirty, zeroing an index at its producers zeroes it here. ``name``: of a
-    parameter or buffer; ``origin``: the parameter or buffer that this is a cast or a view of.
+    parameter or buffer; ``origin``: the parameter or buffer that this is a cast or a view of; ``gain``: what the layer
+    that made the tensor can absorb.
     """
 
     dims: list[Index]
@@ -38,6 +40,7 @@ class Value:
     origin: Value | None = None
     readers: list[tuple[str, str]] = field(default_factory=list)
     is_integer_parameter: bool = False
+    gain: Gain | None = None
 
     @property
     def stored(self) -> Value | None:
@@ -143,6 +146,7 @@ class Tracer(TorchFunctionMode):
     def __init__(self, model: nn.Module, constants: Sequence[Tensor] = ()):
         super().__init__()
         self.watcher = Watcher()
+        self.gains = Gains(self.watcher)
         self.costs: list[CostTerm] = []
         self.contractions: list[Contraction] = []
         self._consumed: dict[tuple[str, int], int] = {}
@@ -154,6 +158,7 @@ class Tracer(TorchFunctionMode):
         self._values: dict[int, tuple[weakref.ref[Tensor], Value]] = {}
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._stack: list[str] = [""]
+        self._ran: set[str] = set()
         self._tensor_names: dict[int, str] = {}
         # tensors that modules hold beside parameters and buffers are constants; kept alive so that no id is reused
         held = (tensor for module in model.modules() for tensor in tensors_in(vars(module)))
@@ -168,9 +173,10 @@ class Tracer(TorchFunctionMode):
                 dims = [Index(size) for size in tensor.shape]
             else:
                 dims = [fixed(size, "integer buffer") for size in tensor.shape]
-            if name not in persistent:
-                for dim in dims:
-                    freeze(dim, "buffer that checkpoints leave out")
+            if name not in persistent:  # its values come from code, which knows all of its indices or one for all
+                for position, dim in enumerate(dims):
+                    if not _repeats_along(tensor, position):
+                        freeze(dim, "buffer that checkpoints leave out")
             value = Value(dims, name=name, is_integer_parameter=is_integer_parameter)
             self.parameters[name] = value
             self._tensor_names[id(tensor)] = name
@@ -183,7 +189,7 @@ class Tracer(TorchFunctionMode):
     def __enter__(self) -> Tracer:
         register = nn.modules.module.register_module_forward_pre_hook
         self._handles = [
-            register(lambda module, _: self._stack.append(self._paths.get(id(module), self.module))),
+            register(lambda module, _: self._enter_module(module)),
             nn.modules.module.register_module_forward_hook(lambda *_: self._leave_module(), always_call=True),
         ]
         self._is_watching = True
@@ -195,8 +201,22 @@ class Tracer(TorchFunctionMode):
             handle.remove()
         super().__exit__(*exception)
 
+    def _enter_module(self, module: nn.Module) -> None:
+        path = self._paths.get(id(module), self.module)
+        self._stack.append(path)
+        self._ran.add(path)
+
     def _leave_module(self) -> None:
         self._stack.pop()
+
+    @property
+    def idle(self) -> list[str]:
+        """Parameters and buffers that no operator read and whose module did not run."""
+        return [name for name, value in self.unread() if name.rpartition(".")[0] not in self._ran]
+
+    def unread(self) -> list[tuple[str, Value]]:
+        """Parameters and buffers that no operator read."""
+        return [(name, value) for name, value in self.parameters.items() if not value.readers]
 
     @property
     def module(self) -> str:
@@ -270,8 +290,10 @@ class Tracer(TorchFunctionMode):
                 value.readers.append((name, self.module))
             elif name not in LAYOUT or position:  # a view of a parameter is a use of it when it is used itself
                 value.stored.readers.append((name, self.module))
+        gains = [value.gain for value in values]
         if name not in RULES:
             output = func(*args, **kwargs)
+            self.gains.use(*gains)
             self._give_up(name, before, output, reason="no rule")
             return output
         signature, function = RULES[name]
@@ -283,10 +305,51 @@ class Tracer(TorchFunctionMode):
             if overlooked is not None:
                 raise NoRule(f"tensor argument {overlooked!r}")
         except Exception as error:  # whatever a rule trips over, the model's own pass goes on
+            self.gains.use(*gains)
             self._give_up(name, before, output, reason=f"its rule does not cover this call ({error})")
             return output
         self._record(name, output, described, before)
+        if name in _LAYERS or any(gains):
+            self._follow_gains(call, func, (args, kwargs), before, gains)
         return output
+
+    def _follow_gains(
+        self, call: Call, func: Callable[..., Any], given: Any, inputs: list[Tensor], gains: list[Gain | None]
+    ) -> None:
+        """Say what the layers behind the arguments, or the layer that was called, can absorb of the output."""
+        outputs = tensors_in(call.output)
+        if call.name in _LAYERS:
+            self.gains.use(*gains)
+            self.value(outputs[0]).gain = self._layer_gain(call)
+        elif call.name == "scaled_dot_product_attention":
+            pass  # its rule says what is used, and with which factor
+        elif any(out is tensor for out in outputs for tensor in inputs):
+            self.gains.use(*gains)  # other views of the tensor would not know
+        else:
+            is_layout = call.name in LAYOUT
+            args, kwargs = given
+            followed = self.gains.follow(call.name, func, args, kwargs, gains, is_layout, len(outputs))
+            for out, gain in zip(outputs, followed, strict=False):
+                self.value(out).gain = gain
+
+    def _layer_gain(self, call: Call) -> Gain | None:
+        """The gain of a layer's output; None where its weight or bias is no parameter of its own."""
+        weight_name, bias_name, dim = _LAYERS[call.name]
+        held = [(call.args.get(weight_name), dim), (call.args.get(bias_name), 0)]
+        weight = call.args.get(weight_name)
+        if not isinstance(weight, Tensor) or call.args.get("training") or {"beta", "alpha"} & set(call.args):
+            return None
+        parameters = []
+        for tensor, at in held:
+            if isinstance(tensor, Tensor):
+                name = self.value(tensor).name
+                if name is None:
+                    return None
+                parameters.append((name, at))
+        rank = len(plain_shape(weight))
+        position = -1 if call.name in ("linear", "addmm") else 1 if call.name == "batch_norm" else 1 - rank
+        shape = plain_shape(call.output)
+        return self.gains.begin(parameters, shape[position], shape, position)
 
     def _record(self, name: str, output: Any, described: Any, inputs: list[Tensor]) -> None:
         outputs = tensors_in(output)
@@ -312,10 +375,10 @@ class Tracer(TorchFunctionMode):
                 value.name, value.origin = old.name, old.origin
                 value.readers = old.readers if old.name is not None else []
                 if not value.dirty <= old.dirty:
-                    self._soil(out, value.dirty)
+                    self.soil(out, value.dirty)
             self._remember(out, value)
 
-    def _soil(self, changed: Tensor, dirty: frozenset[Index]) -> None:
+    def soil(self, changed: Tensor, dirty: frozenset[Index]) -> None:
         """A tensor was changed in place: its views, and what it is a view of, may no longer be zero either."""
         storage = changed.untyped_storage().data_ptr() if changed.device.type != "meta" else None
         for reference, value in self._values.values():
@@ -398,6 +461,13 @@ def tensors_in(nested: Any) -> list[Tensor]:
         elif isinstance(item, dict) or (hasattr(item, "values") and isinstance(item, Mapping)):
             pending.extend(reversed(list(item.values())))
     return found
+
+
+def _repeats_along(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor holds the same values at every index of a dimension."""
+    if tensor.is_meta or not tensor.numel():
+        return False
+    return bool((tensor == tensor.narrow(dim, 0, 1)).all())
 
 
 def plain_shape(tensor: Tensor) -> list[int]:

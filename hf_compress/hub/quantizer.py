@@ -44,6 +44,15 @@ class HfCompressQuantizer(HfQuantizer):
                 vars(config).pop("_is_quantized", None)
         return model
 
+    # A compressed checkpoint holds no tensor under a name that the model does not have, so there is nothing to look for
+    # in the two walks through the model that the base class makes.
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        return
+
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+        return weight_conversions
+
     def is_serializable(self) -> bool:
         return True
 

@@ -1,20 +1,27 @@
 """Make a model smaller: scores and a budget give a plan, the plan is cut, a record remembers it."""
 
+from .blocks import Block, block_scores, find_blocks, remove_blocks, select_blocks
+from .importance import importance, magnitude_scores
 from .plan import Plan
-from .scores import magnitude_scores
 from .select import select
 from .shift import ShiftReport
 from .shrink import prune, shrink
 from .skeleton import Record, apply_record, record_of
 
 __all__ = [
+    "Block",
     "Plan",
     "Record",
     "ShiftReport",
     "apply_record",
+    "block_scores",
+    "find_blocks",
+    "importance",
     "magnitude_scores",
     "prune",
     "record_of",
+    "remove_blocks",
     "select",
+    "select_blocks",
     "shrink",
 ]

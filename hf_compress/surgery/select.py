@@ -3,27 +3,35 @@
 One ranking over the indices of all axes: the lowest are removed until the budget is met. The number removed is found by
 bisection, since cost falls with every index that goes; each trial asks the cost model of :class:`AxisGraph` and builds
 nothing. What the last rounding left free of the budget is then filled with the best indices that still fit.
+
+Every axis has a ladder of widths that it may keep: all of them, multiples of a number, or, with a table of measured times,
+those that are fast on this machine.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_compress.axes import Axis, AxisGraph
+from hf_compress.axes import Axis, AxisGraph, Cost
 from hf_compress.errors import BudgetError, NothingToShrinkError, PlanError
 
 from .plan import Plan
 
+if TYPE_CHECKING:
+    from hf_compress.measurement.latency_table import LatencyTable
+
 Budget = float | int | None
-Latency = tuple[Callable[[Plan], float], float] | None
+Latency = float | tuple[Callable[[Plan], float], float] | None
 
 
 def select(
@@ -33,6 +41,7 @@ def select(
     macs: Budget = None,
     params: Budget = None,
     latency: Latency = None,
+    latency_table: LatencyTable | None = None,
     ratio: float | Mapping[str, float] | None = None,
     round_to: int = 1,
     min_keep: int = 1,
@@ -51,16 +60,19 @@ def select(
         macs: budget of multiply-accumulates: a float in (0, 1] is a share of the dense model's, a number above 1 is
             absolute.
         params: budget of parameters, in the same way. With several budgets all are met.
-        latency: ``(measure, limit)``: ``measure(plan)`` gives milliseconds (called about ``log2`` of the number of
-            indices times), ``limit`` is in the same unit.
+        latency: budget of time: a float in (0, 1] is a share of the dense model's, a number above 1 is milliseconds, both
+            as ``latency_table`` predicts them. Or ``(measure, limit)``: ``measure(plan)`` gives milliseconds (called about
+            ``log2`` of the number of indices times), ``limit`` is in the same unit.
+        latency_table: ``LatencyTable.for_model(model, axes)``, for a ``latency`` that is a number. Under any budget, axes
+            then keep widths that are fast on the machine of the table.
         ratio: instead of a budget, the share of indices removed from every axis, or glob pattern of axis names ->
             share; the first pattern that matches counts and axes that match none stay whole.
-        round_to: kept counts become multiples of this number, or the whole axis.
+        round_to: kept counts become multiples of this number, or the whole axis; with a table, the fast ones of those.
         min_keep: no axis keeps fewer (or all of it, when it is smaller).
         inexact: whether axes may shrink whose removal is not the same function as masking.
         same_size: groups of axes that must keep equally many indices, each given as a glob pattern or a sequence of
             names or patterns; added to those that the architecture ties.
-        per_cost: rank by score per MAC that the index carries, instead of by score.
+        per_cost: rank by score per MAC that the index carries, instead of by score; per millisecond, with a table.
 
     Returns:
         A plan that meets the budget as closely as single indices (or ``round_to`` of them) allow.
@@ -72,72 +84,117 @@ def select(
     """
     _check_count("round_to", round_to)
     _check_count("min_keep", min_keep)
-    units = _units(axes, scores, inexact, same_size, per_cost)
-    floors = np.array([unit.floor(min_keep, round_to) for unit in units])
+    latency = _latency_limit(axes, latency, latency_table)
+    table = None if isinstance(latency, tuple) else latency_table
+    units = _units(axes, scores, inexact, same_size)
+    for unit in units:
+        unit.set_widths(min_keep, round_to, table)
+        if per_cost:
+            unit.divide_by_cost(axes, table)
+    floors = np.array([unit.widths[0] for unit in units])
     sizes = np.array([unit.size for unit in units])
 
     if ratio is not None:
         if not (macs is None and params is None and latency is None):
             raise BudgetError("ratio= says how much of every axis goes; it cannot be combined with a budget.")
         shares = _shares(axes, units, ratio)
-        return _plan(axes, units, _rounded(sizes - np.floor(shares * sizes + 1e-9), round_to, floors, sizes))
+        return _plan(axes, units, _rounded(units, sizes - np.floor(shares * sizes + 1e-9)))
 
-    limits = _limits(axes, macs, params)
+    limits = budget_limits(axes, macs, params)
     if not limits and latency is None:
         raise BudgetError("no budget was given: pass macs=, params= or latency=, or ratio=.")
 
+    def kept(counts: np.ndarray) -> dict[str, int]:
+        pairs = zip(units, counts, strict=True)
+        return {name: int(count) for unit, count in pairs if count < unit.size for name in unit.names}
+
     def cost(counts: np.ndarray) -> tuple[int, int]:
-        kept = {
-            name: int(count)
-            for unit, count in zip(units, counts, strict=True)
-            if count < unit.size
-            for name in unit.names
-        }
-        return axes.cost(kept)
+        return axes.cost(kept(counts))
+
+    def time(counts: np.ndarray) -> tuple[float, float]:
+        """Milliseconds, and their limit."""
+        if isinstance(latency, tuple):
+            return _milliseconds(latency[0], _plan(axes, units, counts)), latency[1]
+        return (0.0, math.inf) if latency is None or table is None else (table.predict(kept(counts)), latency)
 
     def within(counts: np.ndarray) -> bool:
         if limits:
             found = cost(counts)
             if any(found[kind] > limit for kind, limit in limits):
                 return False
-        return latency is None or _milliseconds(latency[0], _plan(axes, units, counts)) <= latency[1]
+        taken, limit = time(counts)
+        return taken <= limit
 
-    if latency is not None:
-        _check_latency(latency)
     order = _removal_order(units, floors)
 
     def counts_without(number: int) -> np.ndarray:
-        kept = sizes - np.bincount(order[:number], minlength=len(units))
-        return _rounded(kept, round_to, floors, sizes)
+        return _rounded(units, sizes - np.bincount(order[:number], minlength=len(units)))
 
     low, high = 0, len(order)  # `high` removals are enough; the answer is the smallest such number
     if within(counts_without(0)):
         return _plan(axes, units, sizes)
     if not within(counts_without(high)):
-        raise _out_of_reach(axes, units, cost, floors, limits, latency, inexact, (macs, params), min_keep, round_to)
+        raise _out_of_reach(axes, units, cost, floors, limits, time, table, inexact, (macs, params), min_keep, round_to)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if within(counts_without(middle)) else (middle, high)
     counts = counts_without(high)
-    if latency is None:
-        _fill(units, counts, round_to, within)
+    if not isinstance(latency, tuple):
+        _fill(units, counts, within)
     return _plan(axes, units, counts)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Unit:
     """Axes that keep equally many indices; most hold one axis.
 
     ``ranked`` holds each axis's indices, best first; ``scores[j]`` is the mean score of the j-th best over the axes.
+    ``widths`` are the numbers that may be kept, increasing, the last one all; ``gains[i]`` is what speaks for the step
+    from ``widths[i]`` to the next.
     """
 
     names: tuple[str, ...]
     size: int
     ranked: tuple[np.ndarray, ...]
     scores: np.ndarray
+    widths: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    gains: np.ndarray = field(default_factory=lambda: np.empty(0))
 
-    def floor(self, min_keep: int, round_to: int) -> int:
-        return min(self.size, math.ceil(min_keep / round_to) * round_to)
+    def set_widths(self, min_keep: int, round_to: int, table: LatencyTable | None) -> None:
+        floor = min(self.size, math.ceil(min_keep / round_to) * round_to)
+        widths = np.unique([floor, *range(-(-floor // round_to) * round_to, self.size, round_to), self.size])
+        if table is None:
+            self.widths, self.gains = widths, self.scores[widths[:-1]]
+            return
+        if len(widths) > 128:  # no vector unit has blocks that multiples of 8 would miss
+            widths = widths[(widths % 8 == 0) | (widths == self.size)]
+        ms = table.curve(self.names, widths)
+        places = _fast(widths, ms)
+        self.widths = widths[places]
+        removed = np.array([self.scores[a:b].sum() for a, b in itertools.pairwise(self.widths)])
+        self.gains = removed / np.diff(ms[places])
+
+    def divide_by_cost(self, axes: AxisGraph, table: LatencyTable | None) -> None:
+        if table is None:
+            carried = max(sum(axes[name].macs for name in self.names) / self.size, 1.0)
+        else:
+            carried = max((table.dense_ms - float(table.curve(self.names, [1])[0])) / self.size, 1e-9)
+        self.scores = self.scores / carried
+
+
+def _fast(widths: np.ndarray, ms: np.ndarray) -> list[int]:
+    """Places of the widths that are worth their time.
+
+    Going down from the whole axis, a width counts when it saves at least half of what its indices would on average; a
+    width between two blocks does not, since it takes as long as the block above.
+    """
+    places = [len(widths) - 1]
+    slope = (ms[-1] - ms.min()) / max(widths[-1] - widths[0], 1)
+    for place in range(len(widths) - 2, -1, -1):
+        last = places[-1]
+        if slope > 0 and ms[last] - ms[place] >= 0.5 * slope * (widths[last] - widths[place]):
+            places.append(place)
+    return places[::-1]
 
 
 def _units(
@@ -145,7 +202,6 @@ def _units(
     scores: Mapping[str, Tensor],
     inexact: bool,
     same_size: Iterable[str | Sequence[str]],
-    per_cost: bool,
 ) -> list[_Unit]:
     if len(axes) == 0:
         raise NothingToShrinkError(
@@ -166,10 +222,7 @@ def _units(
         # stable, so that of equal scores the earlier index is the better one
         ranked = tuple(np.argsort(-values[name], kind="stable") for name in group)
         score = np.mean([values[name][best] for name, best in zip(group, ranked, strict=True)], axis=0)
-        size = axes[group[0]].size
-        if per_cost:
-            score = score / max(sum(axes[name].macs for name in group) / size, 1.0)
-        units.append(_Unit(group, size, ranked, score))
+        units.append(_Unit(group, axes[group[0]].size, ranked, score))
     if not units:
         held = [axis.name for axis in axes if axis.name in values and not axis.is_exact]
         hint = (
@@ -232,12 +285,11 @@ def _groups(axes: AxisGraph, same_size: Iterable[str | Sequence[str]]) -> list[t
     return [tuple(names) for names in components.values()]
 
 
-def _rounded(kept: np.ndarray, round_to: int, floors: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The nearest multiple (halves go up), within the limits; never decreasing in ``kept``, which bisection needs."""
-    # of the two neighbours of a count above the last multiple, the whole axis counts as one
-    nearest = np.floor(kept / round_to + 0.5) * round_to
-    nearest = np.where(kept == sizes, sizes, nearest)
-    return np.clip(nearest, floors, sizes).astype(np.int64)
+def _rounded(units: list[_Unit], kept: np.ndarray) -> np.ndarray:
+    """The nearest width of every unit (halves go up); never decreasing in ``kept``, which bisection needs."""
+    middles = [(unit.widths[:-1] + unit.widths[1:]) / 2 for unit in units]
+    places = [np.searchsorted(middle, count, side="right") for middle, count in zip(middles, kept, strict=True)]
+    return np.array([unit.widths[place] for unit, place in zip(units, places, strict=True)], dtype=np.int64)
 
 
 def _removal_order(units: list[_Unit], floors: np.ndarray) -> np.ndarray:
@@ -249,22 +301,25 @@ def _removal_order(units: list[_Unit], floors: np.ndarray) -> np.ndarray:
     return owner[np.lexsort((owner, -rank, score))].astype(np.int64)
 
 
-def _fill(units: list[_Unit], counts: np.ndarray, round_to: int, within: Callable[[np.ndarray], bool]) -> None:
+def _fill(units: list[_Unit], counts: np.ndarray, within: Callable[[np.ndarray], bool]) -> None:
     """Give back the best removed indices that still fit, in place."""
+    steps = [int(np.searchsorted(unit.widths, count)) for unit, count in zip(units, counts, strict=True)]
 
     def entry(place: int) -> tuple[float, float, int]:
-        # of equal scores the axis that lost most is served first, so all axes shrink alike
-        return -float(units[place].scores[counts[place]]), counts[place] / units[place].size, place
+        # of equal gains the axis that lost most is served first, so all axes shrink alike
+        return -float(units[place].gains[steps[place]]), counts[place] / units[place].size, place
 
     heap = [entry(place) for place, unit in enumerate(units) if counts[place] < unit.size]
     heapq.heapify(heap)
     while heap:
         *_, place = heapq.heappop(heap)
-        before = int(counts[place])
-        counts[place] = min(before + round_to - before % round_to, units[place].size)
+        before = counts[place]
+        counts[place] = units[place].widths[steps[place] + 1]
         if not within(counts):
             counts[place] = before  # and no later index of this axis fits either: cost only grows
-        elif counts[place] < units[place].size:
+            continue
+        steps[place] += 1
+        if counts[place] < units[place].size:
             heapq.heappush(heap, entry(place))
 
 
@@ -282,7 +337,7 @@ def _plan(axes: AxisGraph, units: list[_Unit], counts: np.ndarray) -> Plan:
 _KINDS = ("macs", "params")
 
 
-def _limits(axes: AxisGraph, macs: Budget, params: Budget) -> list[tuple[int, int]]:
+def budget_limits(axes: AxisGraph | Cost, macs: Budget, params: Budget) -> list[tuple[int, int]]:
     """(place in Cost, absolute limit) for every budget that was given."""
     limits = []
     for kind, (name, budget) in enumerate(zip(_KINDS, (macs, params), strict=True)):
@@ -305,7 +360,8 @@ def _out_of_reach(
     cost: Callable[[np.ndarray], tuple[int, int]],
     floors: np.ndarray,
     limits: list[tuple[int, int]],
-    latency: Latency,
+    time: Callable[[np.ndarray], tuple[float, float]],
+    table: LatencyTable | None,
     inexact: bool,
     asked: tuple[Budget, Budget],
     min_keep: int,
@@ -323,11 +379,11 @@ def _out_of_reach(
         remedies.append(f"give scores for the {whole} axes that have none")
     missed = [(kind, limit) for kind, limit in limits if lowest[kind] > limit]
     if not missed:
-        assert latency is not None
-        found = _milliseconds(latency[0], _plan(axes, units, floors))
+        found, limit = time(floors)
+        share = f", {math.ceil(found / table.dense_ms * 1000) / 1000:g} of the dense time" if table else ""
         return BudgetError(
-            f"latency of {latency[1]:g} ms cannot be reached: the smallest model that these axes allow takes "
-            f"{found:.4g} ms. Ask for more" + "".join(f", or {remedy}" for remedy in remedies if remedy) + "."
+            f"latency of {limit:.4g} ms cannot be reached: the smallest model that these axes allow takes "
+            f"{found:.4g} ms{share}. Ask for more" + "".join(f", or {remedy}" for remedy in remedies if remedy) + "."
         )
     kind, _ = missed[0]
     name = _KINDS[kind]
@@ -385,11 +441,29 @@ def _check_count(name: str, value: int) -> None:
         raise PlanError(f"{name}={value!r} is not possible: it must be an integer of at least 1.")
 
 
-def _check_latency(latency: tuple[Callable[[Plan], float], float]) -> None:
-    if not (isinstance(latency, tuple) and len(latency) == 2 and callable(latency[0])):
-        raise BudgetError(f"latency={latency!r} is not possible: give (measure, limit in ms), measure(plan) -> ms.")
-    if isinstance(latency[1], bool) or not isinstance(latency[1], (int, float)) or not latency[1] > 0:
-        raise BudgetError(f"latency limit {latency[1]!r} is not possible: give milliseconds above 0.")
+def _latency_limit(axes: AxisGraph, latency: Latency, table: LatencyTable | None) -> Latency:
+    """The budget, checked; a number becomes milliseconds."""
+    if table is not None and (table.names != tuple(axes.axes) or [axis.size for axis in axes] != table.sizes.tolist()):
+        raise PlanError("the latency table was made for other axes. Make it with LatencyTable.for_model(model, axes).")
+    if latency is None:
+        return None
+    is_pair = isinstance(latency, tuple) and len(latency) == 2 and callable(latency[0])
+    limit = latency[1] if isinstance(latency, tuple) and is_pair else latency
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)):
+        raise BudgetError(
+            f"latency={latency!r} is not possible: give a share of the dense time or milliseconds, with latency_table=, or "
+            "(measure, limit in ms) where measure(plan) gives ms."
+        )
+    if not 0 < limit < math.inf:
+        raise BudgetError(f"latency limit {limit!r} is not possible: give a share in (0, 1] or milliseconds above 0.")
+    if isinstance(latency, tuple):
+        return latency
+    if table is None:
+        raise BudgetError(
+            f"latency={latency!r} needs a table of times: pass latency_table=LatencyTable.for_model(model, axes) (the axes "
+            "hold no model that could be timed), or latency=(measure, limit in ms)."
+        )
+    return float(limit * table.dense_ms) if limit <= 1 else float(limit)
 
 
 def _milliseconds(measure: Callable[[Plan], float], plan: Plan) -> float:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_compress.axes import AxisGraph, example_inputs_for, find_axes
 from hf_compress.axes.finding import Inputs
+from hf_compress.axes.graph import Rescale
 from hf_compress.errors import PlanError
 
+from .importance import Batches, check_method, importance
 from .plan import Plan
-from .scores import magnitude_scores
 from .select import Budget, select
 from .shift import fold_shift as fold
 from .shift import log_reports
@@ -82,8 +85,7 @@ def shrink(
     record = (earlier or Record()).merge(Record(cut.shapes, cut.attributes, biases))
     added = {_child(path, "bias") for path in record.biases}  # their shapes follow from the weights
     shapes = {name: shape for name, shape in record.shapes.items() if name not in added}
-    record = Record(shapes, record.attributes, record.biases)
-    _attach(model, record)
+    attach_record(model, replace(record, shapes=shapes))
     return model
 
 
@@ -91,6 +93,7 @@ def prune(
     model: nn.Module,
     *,
     scores: str | Mapping[str, Tensor] = "magnitude",
+    batches: Batches = None,
     macs: Budget = None,
     params: Budget = None,
     ratio: float | Mapping[str, float] | None = None,
@@ -104,7 +107,9 @@ def prune(
 
     Args:
         model: a model of transformers, or any module together with ``example_inputs``.
-        scores: ``"magnitude"``, or axis name -> score of every index (a callback's ``scores(model)``).
+        scores: a method of :func:`hf_compress.importance` ("magnitude", "group_norm", "taylor", "fisher", "random"), or
+            axis name -> score of every index (a callback's ``scores(model)``).
+        batches: for "taylor" and "fisher": batches with labels, as a ``DataLoader`` gives them.
         macs, params, ratio, round_to, min_keep, inexact: see :func:`hf_compress.select`; half of the MACs when no
             budget is given.
         fold_shift, example_inputs: see :func:`hf_compress.shrink`.
@@ -113,16 +118,16 @@ def prune(
         ``model``.
 
     Raises:
-        NothingToShrinkError, BudgetError, PlanError, ModelError: before the model is changed.
+        NothingToShrinkError, BudgetError, PlanError, MethodError, DataError, ModelError: before the model is changed.
     """
     if macs is None and params is None and ratio is None:
         macs = 0.5
     record_of(model)  # refuses a foreign quantization before time is spent
+    if isinstance(scores, str):
+        check_method(scores, batches)
     axes = find_axes(model, example_inputs)
     if isinstance(scores, str):
-        if scores != "magnitude":
-            raise PlanError(f"scores={scores!r} is not known; give 'magnitude' or a mapping of axis names to scores.")
-        scores = magnitude_scores(model, axes)
+        scores = importance(model, axes, method=scores, batches=batches)
     plan = select(
         axes, scores, macs=macs, params=params, ratio=ratio, round_to=round_to, min_keep=min_keep, inexact=inexact
     )
@@ -158,22 +163,25 @@ def _cut(model: nn.Module, plan: Plan, axes: AxisGraph, new_biases: Sequence[str
     modules = dict(model.named_modules(remove_duplicate=False))
     before = {path: local_shapes(module) for path, module in modules.items()}
 
+    rescales: dict[str, list[Rescale]] = {}
+    for rescale in axes.rescales:
+        rescales.setdefault(rescale.parameter, []).append(rescale)
     shapes: dict[str, PartialShape] = {}
     for names in aliases.values():
         known = next((name for name in names if name in axes.parameter_dims or name in stand_ins), None)
         if known is None:
             continue
         old = tensors[known]
-        new = old.detach()
+        whole = old.detach()
+        new = _rescaled(whole, rescales.get(stand_ins.get(known, (known, 0))[0], ()), plan.sizes)
         for dim in range(old.dim()):
             mask = axes.keep_mask(*stand_ins.get(known, (known, dim)), masks)
             if not bool(mask.all()):
                 new = new.index_select(dim, mask.nonzero().flatten().to(new.device))
-        if new.shape != old.shape:
+        if new is not whole:
             replace_tensor(modules, names, new)
-            differs = tuple(
-                after if after != whole else None for after, whole in zip(new.shape, old.shape, strict=True)
-            )
+        if new.shape != old.shape:
+            differs = tuple(now if now != was else None for now, was in zip(new.shape, old.shape, strict=True))
             shapes.update(dict.fromkeys(names, differs))
 
     attributes: dict[str, dict[str, int | Shape]] = {}
@@ -207,6 +215,18 @@ def _cut(model: nn.Module, plan: Plan, axes: AxisGraph, new_biases: Sequence[str
     return Record(shapes, {path: values for path, values in attributes.items() if values})
 
 
+def _rescaled(tensor: Tensor, rescales: Sequence[Rescale], sizes: Mapping[str, int]) -> Tensor:
+    """A tensor with the rows multiplied that make up for factors which the forward pass computes from sizes."""
+    for rescale in rescales:
+        factor = rescale.factor(sizes)
+        if factor != 1.0:
+            column = torch.ones(tensor.shape[rescale.dim], dtype=torch.float64)
+            column[rescale.positions] = factor
+            shape = [-1 if dim == rescale.dim else 1 for dim in range(tensor.dim())]
+            tensor = tensor * column.to(tensor.device, tensor.dtype).view(shape)
+    return tensor
+
+
 def _child(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -223,7 +243,8 @@ def _drop_caches(module: nn.Module) -> None:
             value.clear()
 
 
-def _attach(model: nn.Module, record: Record) -> None:
+def attach_record(model: nn.Module, record: Record) -> None:
+    """Let a model carry its record: in its own copy of the configuration, or as an attribute where it has none."""
     if not record:
         return
     config = getattr(model, "config", None)

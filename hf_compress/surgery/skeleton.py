@@ -2,6 +2,10 @@
 
 ``{"version": 1, "shapes": {tensor: [int | null]}, "attributes": {module: {name: int | [ints]}}, "biases": [modules]}``
 
+and, where whole blocks are gone, ``"version": 2`` and ``"removed": {list of modules: [positions]}``. ``removed`` speaks of
+the model as its configuration builds it, so that no entry depends on another; all other fields speak of the model after
+these removals, and so name tensors as the checkpoint does.
+
 A record is read from checkpoints of unknown origin, so it is data and nothing else. Its strings are looked up among the
 tensors and modules that exist and in the closed vocabulary :data:`~hf_compress.axes.attributes.SIZE_ATTRIBUTES`; its
 numbers may only make things smaller. All of it is checked before the first tensor is allocated or attribute set.
@@ -10,7 +14,8 @@ numbers may only make things smaller. All of it is checked before the first tens
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -20,9 +25,12 @@ from torch import Tensor, nn
 from hf_compress.axes.attributes import SIZE_ATTRIBUTES
 from hf_compress.errors import ModelError, RecordError
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2  # version 1 had no removed blocks, and is still what a record without them is written in
 
-_FIELDS = ("version", "shapes", "attributes", "biases")
+_FIELDS = {
+    1: ("version", "shapes", "attributes", "biases"),
+    2: ("version", "removed", "shapes", "attributes", "biases"),
+}
 _LONGEST_SHOWN = 60
 _MOST_ENTRIES = 100_000  # of one field; the largest models of transformers have a few thousand tensors
 
@@ -40,19 +48,43 @@ class Record:
             have another number of classes. Only tensors whose shape differs; every alias of a shared tensor is listed.
         attributes: module -> attribute -> its value. Only what does not follow from the shapes.
         biases: linear layers and convolutions that were built without a bias and have one now.
-        version: of the format.
+        removed: ``nn.ModuleList`` or ``nn.Sequential`` -> positions of the entries that are gone, ascending; path and
+            positions as the configuration builds them. The entries behind move up, in the model and in every name
+            above.
     """
 
     shapes: Mapping[str, PartialShape] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
-    version: int = RECORD_VERSION
+    removed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: object) -> Record:
+        return self  # nothing in a record ever changes, and transformers copies configurations often
 
     def __bool__(self) -> bool:
-        return bool(self.shapes or self.attributes or self.biases)
+        return bool(self.shapes or self.attributes or self.biases or self.removed)
+
+    @property
+    def version(self) -> int:
+        """Of the format: the oldest that can say this."""
+        return 2 if self.removed else 1
 
     def merge(self, later: Record) -> Record:
-        """This record followed by a later one of the same model."""
+        """This record followed by a later one, which speaks of the model that this one gives."""
+        removed = {path: set(gone) for path, gone in self.removed.items()}
+        for path, positions in later.removed.items():
+            built = _as_built(path, self.removed)
+            earlier = self.removed.get(built, ())
+            removed.setdefault(built, set()).update(_position_as_built(position, earlier) for position in positions)
+        gone = {path: tuple(sorted(positions)) for path, positions in removed.items()}
+        # what was removed inside an entry that is now gone itself needs no mention
+        gone = {path: positions for path, positions in sorted(gone.items()) if _renumbered(path, gone) is not None}
+        if later.removed:
+            self = Record(
+                _renumbered_keys(self.shapes, later.removed),
+                _renumbered_keys(self.attributes, later.removed),
+                tuple(_renumbered_keys(dict.fromkeys(self.biases), later.removed)),
+            )
         attributes = {module: dict(values) for module, values in self.attributes.items()}
         for module, values in later.attributes.items():
             attributes.setdefault(module, {}).update(values)
@@ -60,12 +92,13 @@ class Record:
         for name, shape in later.shapes.items():
             before = shapes.get(name, shape)
             shapes[name] = tuple(new if new is not None else old for new, old in zip(shape, before, strict=True))
-        return Record(shapes, attributes, tuple(sorted({*self.biases, *later.biases})))
+        return Record(shapes, attributes, tuple(sorted({*self.biases, *later.biases})), gone)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON data."""
         return {
             "version": self.version,
+            **({"removed": {path: list(gone) for path, gone in self.removed.items()}} if self.removed else {}),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "attributes": {
                 module: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -90,9 +123,9 @@ class Record:
                 f"record.version: the checkpoint was written in record version {version}; this hf_compress reads up to "
                 f"{RECORD_VERSION}. Upgrade hf_compress (pip install -U hf-compress)."
             )
-        unknown = [key for key in data if key not in _FIELDS]
+        unknown = [key for key in data if key not in _FIELDS[version]]
         if unknown:
-            _refuse(_shown(unknown[0]), "this field", f"is not known; the fields are {', '.join(_FIELDS)}")
+            _refuse(_shown(unknown[0]), "this field", f"is not known; the fields are {', '.join(_FIELDS[version])}")
         shapes: dict[str, PartialShape] = {}
         _check_mapping("shapes", data.get("shapes", {}))
         for name, shape in data.get("shapes", {}).items():
@@ -121,7 +154,7 @@ class Record:
         names = tuple(_name(f"biases[{i}]", name) for i, name in enumerate(biases))
         if len(set(names)) != len(names):
             _refuse("biases", "a name", "is listed twice")
-        return cls(shapes, attributes, names, version)
+        return cls(shapes, attributes, names, _removed(data.get("removed", {})))
 
 
 # -- checks of single values --------------------------------------------------------------------------------------
@@ -169,6 +202,115 @@ def _sizes(place: str, value: list[Any], may_be_whole: bool = False) -> Any:
     return tuple(
         None if item is None and may_be_whole else _size(f"{place}[{i}]", item) for i, item in enumerate(value)
     )
+
+
+def _removed(value: Any) -> dict[str, tuple[int, ...]]:
+    _check_mapping("removed", value)
+    removed = {}
+    for path, positions in value.items():
+        place = f"removed[{_shown(path)}]"
+        if type(positions) is not list or not 0 < len(positions) <= _MOST_ENTRIES:
+            _refuse(place, positions, f"must be a list of 1 to {_MOST_ENTRIES} positions")
+        for i, position in enumerate(positions):
+            if type(position) is not int or position < 0:
+                _refuse(f"{place}[{i}]", position, "must be a position, counted from 0")
+            if i and position <= positions[i - 1]:
+                _refuse(f"{place}[{i}]", position, "must be greater than the position before it")
+        removed[_name(place, path)] = tuple(positions)
+    return removed
+
+
+# -- removed entries ----------------------------------------------------------------------------------------------
+
+
+def _renumbered(name: str, removed: Mapping[str, Sequence[int]]) -> str | None:
+    """What a module or tensor is called once entries are removed; None when it is gone with them."""
+    built = name.split(".")
+    parts = list(built)
+    for i, part in enumerate(built):
+        gone = removed.get(".".join(built[:i]), ())
+        if gone and part.isdecimal():
+            position = int(part)
+            if position in gone:
+                return None
+            parts[i] = str(position - bisect_left(gone, position))
+    return ".".join(parts)
+
+
+def _renumbered_keys(values: Mapping[str, Any], removed: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    names = {name: _renumbered(name, removed) for name in values}
+    return {new: values[name] for name, new in names.items() if new is not None}
+
+
+def _position_as_built(position: int, gone: Sequence[int]) -> int:
+    for earlier in gone:  # ascending
+        position += earlier <= position
+    return position
+
+
+def _as_built(name: str, removed: Mapping[str, Sequence[int]]) -> str:
+    """The inverse of :func:`_renumbered`."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        gone = removed.get(".".join(parts[:i]), ())
+        if gone and part.isdecimal():
+            parts[i] = str(_position_as_built(int(part), gone))
+    return ".".join(parts)
+
+
+def is_numbered_list(module: nn.Module | None) -> bool:
+    """Whether a module is a list whose entries are called 0, 1, 2, ..., so that names tell positions."""
+    return isinstance(module, (nn.ModuleList, nn.Sequential)) and all(
+        name == str(i) for i, name in enumerate(module._modules)
+    )
+
+
+Undo = list[tuple[nn.Module, dict[str, "nn.Module | None"]]]
+
+
+def remove_entries(model: nn.Module, removed: Mapping[str, Sequence[int]]) -> Undo:
+    """Take entries out of lists of modules, in place; those behind move up.
+
+    Args:
+        removed: list -> positions, both as they are before anything is removed.
+
+    Returns:
+        for :func:`restore_entries`.
+
+    Raises:
+        RecordError: when it does not fit the model, which is then unchanged.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False)) if removed else {}
+    gone_from: dict[int, str] = {}
+    for path, positions in removed.items():
+        place = f"removed[{_shown(path)}]"
+        holder = modules.get(path)
+        if not is_numbered_list(holder):
+            _refuse(place, "a name", "of no list of modules of this architecture")
+        size = len(holder._modules)  # type: ignore[union-attr]
+        if positions[-1] >= size:
+            _refuse(place, positions[-1], f"is out of range; the list has {size} entries, 0 to {size - 1}")
+        if len(positions) >= size:
+            _refuse(place, len(positions), f"entries are all that the list has; at least one of {size} must stay")
+        if id(holder) in gone_from:
+            _refuse(place, "a name", f"of the list that {gone_from[id(holder)]!r} names as well")
+        gone_from[id(holder)] = path
+    undo: Undo = []
+    for path, positions in removed.items():
+        entries = modules[path]._modules
+        undo.append((modules[path], dict(entries)))
+        gone = set(positions)
+        kept = [entry for i, entry in enumerate(entries.values()) if i not in gone]
+        entries.clear()
+        entries.update({str(i): entry for i, entry in enumerate(kept)})
+    return undo
+
+
+def restore_entries(undo: Undo) -> None:
+    """Put back what :func:`remove_entries` took."""
+    for holder, entries in undo:
+        holder._modules.clear()
+        holder._modules.update(entries)
 
 
 # -- standard layers ----------------------------------------------------------------------------------------------
@@ -244,8 +386,16 @@ def _same(held: Any, law: Any) -> bool:
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer under every name that it has."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    return _tensors_of(dict(model.named_modules(remove_duplicate=False)))
+
+
+def _tensors_of(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for path, module in modules.items():
+        prefix = f"{path}." if path else ""
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    yield prefix + name, tensor
 
 
 def replace_tensor(modules: Mapping[str, nn.Module], names: list[str], new: Tensor) -> None:
@@ -298,11 +448,23 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
     Raises:
         RecordError: when the record does not fit the model; the model is then unchanged.
     """
-    tensors = dict(named_tensors(model))
+    undo = remove_entries(model, record.removed)
+    try:
+        _apply_sizes(model, record)
+    except BaseException:
+        restore_entries(undo)
+        raise
+    return model
+
+
+def _apply_sizes(model: nn.Module, record: Record) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = dict(_tensors_of(modules))
+    named = {id(tensors[name]) for name in record.shapes if name in tensors}
     aliases: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
-        aliases.setdefault(id(tensor), []).append(name)
-    modules = dict(model.named_modules(remove_duplicate=False))
+        if id(tensor) in named:
+            aliases.setdefault(id(tensor), []).append(name)
 
     for name, shape in record.shapes.items():
         place = f"shapes[{_shown(name)}]"
@@ -328,7 +490,8 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
     given = {(id(module), name): value for module, name, value in settings}
     for path in record.biases:
         _check_bias(path, modules, new_shapes)
-    touched = {name.rpartition(".")[0] for name in new_shapes if new_shapes[name] != tuple(tensors[name].shape)}
+    resized = [name for names in aliases.values() for name in names]
+    touched = {name.rpartition(".")[0] for name in resized if new_shapes[name] != tuple(tensors[name].shape)}
     touched |= {path for path, values in record.attributes.items() if "groups" in values or "num_groups" in values}
     for path in touched:
         module = modules[path]
@@ -348,14 +511,17 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
     for names in aliases.values():
         tensor, shape = tensors[names[0]], new_shapes[names[0]]
         if tuple(tensor.shape) != shape:
-            replace_tensor(modules, names, torch.empty(shape, dtype=tensor.dtype, device=tensor.device))
+            if isinstance(tensor, nn.Parameter):
+                new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            else:  # one that checkpoints leave out repeats its values along what was removed
+                new = tensor[tuple(map(slice, shape))].clone()
+            replace_tensor(modules, names, new)
     for path in record.biases:
         weight = modules[path].weight
         bias = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
         modules[path].bias = nn.Parameter(bias)
     for module, name, value in settings:
         setattr(module, name, value)
-    return model
 
 
 def _settings(
@@ -408,7 +574,8 @@ def _check_layer(
     weight = old.get("weight")
     if weight is None or not derived_attributes(module, old):
         return
-    out = 1 if isinstance(module, _WITH_OPTIONAL_BIAS) and getattr(module, "transposed", False) else 0
+    is_transposed = isinstance(module, _WITH_OPTIONAL_BIAS) and getattr(module, "transposed", False)
+    out = 1 if is_transposed or "nf" in derived_attributes(module, old) else 0  # nf: transformers' Conv1D
     factor = given.get((id(module), "groups"), getattr(module, "groups", 1)) if out else 1
     for name, shape in new.items():
         if name != "weight" and len(old[name]) == 1 and shape[0] != new["weight"][out] * factor:

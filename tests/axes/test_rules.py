@@ -40,6 +40,14 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
+class Sizes(nn.Module):
+    """A module that holds nothing but sizes."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__()
+        self.__dict__.update(sizes)
+
+
 class Case(NamedTuple):
     run: Operator
     parts: Callable[[], dict[str, Any]]
@@ -85,6 +93,14 @@ def eager_attention(m: Any, h: Tensor, scale: Callable[[Tensor], float]) -> Tens
     q, k, v = qkv
     weights = (q @ k.transpose(-2, -1) * scale(q)).softmax(dim=-1)
     return (weights @ v).transpose(1, 2).reshape(batch, count, -1)
+
+
+def einsum_attention(m: Any, h: Tensor) -> Tensor:
+    head_dim = m.sizes.embed_dim // m.num_heads
+    q, k, v = (p(h).view(*h.shape[:2], m.num_heads, head_dim).transpose(1, 2) for p in (m.q, m.k, m.v))
+    weights = torch.einsum("bhlk,bhtk->bhlt", q, k).softmax(dim=-1)
+    mixed = torch.einsum("bhlt,bhtv->bhlv", weights, v).transpose(1, 2)
+    return mixed.reshape(*h.shape[:2], m.num_heads * head_dim)
 
 
 def qkv(width: int = 8) -> dict[str, Callable[[], nn.Module]]:
@@ -176,7 +192,16 @@ OPERATORS: dict[str, Case] = {
     "in_place_add": tokens(lambda m, h: h.add_(1), "offset"),
     "in_place_through_a_view": tokens(lambda m, h: in_place(h, lambda t: t.flatten(1).sigmoid_()), "offset"),
     "in_place_below_a_view": tokens(lambda m, h: (lambda v: (h.add_(1), v)[1])(h.unsqueeze(0)).squeeze(0), "offset"),
-    "assign_a_part": tokens(lambda m, h: in_place(h, lambda t: t.__setitem__((0, 0), 1.0)), "whole"),
+    "assign_a_part": tokens(lambda m, h: in_place(h, lambda t: t.__setitem__((0, 0), 1.0)), "offset"),
+    "assign_zero": tokens(lambda m, h: in_place(h, lambda t: t.__setitem__((slice(None), 0), 0))),
+    "assign_a_tensor": tokens(lambda m, h: in_place(h, lambda t: t.__setitem__((..., slice(1, 3), slice(None)), m.c(t[:, :1]))),
+                              {"a": "exact", "c": "exact"}, c=lambda: nn.Linear(8, 8)),
+    "assign_a_broadcast_tensor": tokens(lambda m, h: in_place(h, lambda t: t.__setitem__(slice(None), t[..., :1])), "offset"),
+    "assign_a_slice_of_the_axis": tokens(lambda m, h: in_place(h, lambda t: t.__setitem__((..., slice(2)), m.c(t))),
+                                         {"a": "exact", "c": "whole"}, c=lambda: nn.Linear(8, 2)),
+    "add_to_a_part": tokens(lambda m, h: in_place(h, lambda t: t.__setitem__((0, 0), t[0, 0].add_(t[0, 1])))),
+    "assign_through_a_view": tokens(lambda m, h: (h, h[0].__setitem__(0, 1.0))[0], "offset"),
+    "assign_by_a_mask": tokens(lambda m, h: in_place(h, lambda t: t.__setitem__(t > 0, 1.0)), "whole"),
     "assign_data": tokens(lambda m, h: in_place(h, lambda t: setattr(t, "data", torch.sigmoid(t))), "whole"),
     "fill_by_tensor": tokens(lambda m, h: h * 0 + torch.empty_like(h).fill_(h.sum()), "whole"),
     # contractions
@@ -229,25 +254,36 @@ OPERATORS: dict[str, Case] = {
     "attention": tokens(lambda m, h: attend(m, h, scale=0.5), **qkv(),
                         expected={"q": "exact exact", "v": "exact exact"}),
     "attention_runtime_scale": tokens(lambda m, h: attend(m, h), **qkv(),
-                                      expected={"q": "exact scale", "v": "exact exact"}),
+                                      expected={"q": "exact exact", "v": "exact exact"}),
     "attention_bias_table": tokens(lambda m, h: attend(m, h, attn_mask=m.t, scale=0.5), t=lambda: P(2, 4, 4), **qkv(),
                                    expected={"q": "exact exact", "v": "exact exact", "t": "exact"}),
     "attention_iterated": tokens(lambda m, h: eager_attention(m, h, lambda q: 0.5), {"qkv": "exact exact"}, qkv=lambda: nn.Linear(8, 24)),
     **{
-        f"attention_scale_{name}": tokens(lambda m, h, f=f: eager_attention(m, h, f), {"qkv": "exact scale"},
+        f"attention_scale_{name}": tokens(lambda m, h, f=f: eager_attention(m, h, f), {"qkv": "exact exact"},
                                           qkv=lambda: nn.Linear(8, 24))
         for name, f in {
             "power": lambda q: q.shape[-1] ** -0.5,
             "math_sqrt": lambda q: 1 / math.sqrt(q.size(-1)),
+        }.items()
+    },
+    **{
+        f"attention_scale_{name}": tokens(lambda m, h, f=f: eager_attention(m, h, f), {"qkv": "exact scale"},
+                                          qkv=lambda: nn.Linear(8, 24))
+        for name, f in {
             "math_log": lambda q: math.log(q.shape[-1]),
             "numpy": lambda q: float(1 / np.sqrt(q.shape[-1])),
             "tensor": lambda q: 1 / torch.tensor(float(q.size(dim=3))).sqrt(),
         }.items()
     },
     "attention_scale_numel": tokens(lambda m, h: eager_attention(m, h, lambda q: q[0, 0, 0].numel() ** -0.5),
-                                    {"qkv": "scale"}, qkv=lambda: nn.Linear(8, 24)),
-    "multi_head_attention_module": tokens(lambda m, h: m.m(h, h, h)[0], "whole",
+                                    {"qkv": "exact"}, qkv=lambda: nn.Linear(8, 24)),
+    "multi_head_attention_module": tokens(lambda m, h: m.m(h, h, h)[0], "exact scale",
                                           m=lambda: nn.MultiheadAttention(8, 2, batch_first=True)),
+    "multi_head_attention_across": tokens(lambda m, h: m.m(m.q(h), h, h, need_weights=False)[0],
+                                          {"a": "exact", "q": "exact scale", "m.out_proj": "exact"}, out=4,
+                                          m=lambda: nn.MultiheadAttention(4, 2, kdim=8, vdim=8), q=lambda: nn.Linear(8, 4)),
+    "einsum_attention": tokens(lambda m, h: einsum_attention(m, h), {"q": "exact exact", "v": "exact exact"},
+                               sizes=lambda: Sizes(embed_dim=8), **qkv()),
     "lstm": tokens(lambda m, h: m.m(h)[0], "whole", m=lambda: nn.LSTM(8, 8, batch_first=True)),
     # normalisation
     "batch_norm": maps(lambda m, h: m.n(h), n=lambda: nn.BatchNorm2d(8)),
@@ -303,8 +339,16 @@ OPERATORS: dict[str, Case] = {
     "pixel_shuffle": maps(lambda m, h: F.pixel_shuffle(h, 2), out=2),
     "pixel_unshuffle": maps(lambda m, h: F.pixel_unshuffle(h, 2), out=32),
     "unfold": maps(lambda m, h: F.unfold(h, 3).unflatten(-1, (4, 4)), out=72),
-    "fold": maps(lambda m, h: F.fold(F.unfold(h, 3), (6, 6), 3), "whole"),
+    "fold": maps(lambda m, h: F.fold(F.unfold(h, 3), (6, 6), 3)),
+    "unfold_method": maps(lambda m, h: h.unfold(2, 3, 2).unfold(3, 3, 2).mean((-1, -2))),
+    "convolution_along_an_axis": tokens(lambda m, h: h + m.c(h[:, :1]), "whole", c=lambda: nn.Conv1d(1, 1, 1)),
     "grid_sample": maps(lambda m, h: F.grid_sample(h, torch.zeros(h.shape[0], 3, 3, 2, dtype=h.dtype), align_corners=False)),
+    "grid_sample_of_heads": maps(
+        lambda m, h: F.grid_sample(
+            h.view(h.shape[0], m.num_heads, h.shape[1] // m.num_heads, 6, 6).flatten(0, 1),
+            m.o(h.mean((2, 3))).view(h.shape[0], m.num_heads, 3, 3, 2).tanh().flatten(0, 1), align_corners=False,
+        ).view(h.shape[0], -1, 3, 3),
+        {"a": "exact exact", "o": "exact"}, o=lambda: nn.Linear(8, 36)),
     "channel_shuffle": maps(lambda m, h: h.view(h.shape[0], 2, h.shape[1] // 2, 6, 6).transpose(1, 2).flatten(1, 2), "exact"),
     # layout
     "reshape_minus_one": tokens(lambda m, h: h.reshape(-1).reshape(h.shape)),
@@ -316,6 +360,15 @@ OPERATORS: dict[str, Case] = {
     "split_size": tokens(lambda m, h: torch.cat(torch.split(h, 4, dim=-1)[::-1], -1), "whole"),
     "split_half": tokens(lambda m, h: torch.mul(*torch.split(h, h.shape[-1] // 2, dim=-1)), "exact", out=4),
     "split_sections": tokens(lambda m, h: h.split([2, 6], dim=-1)[1], "whole", out=6),
+    "split_by_attributes": tokens(lambda m, h: torch.cat(h.split(m.sizes.splits, dim=-1)[::-1], -1), "exact exact",
+                                  sizes=lambda: Sizes(splits=[2, 6])),
+    "split_by_half_of_an_attribute": tokens(lambda m, h: torch.cat(h.split(m.sizes.expand_chs // 2, dim=-1)[::-1], -1),
+                                            sizes=lambda: Sizes(expand_chs=8)),
+    "split_by_what_is_left": tokens(
+        lambda m, h: torch.cat(h.split([m.sizes.pdim, m.sizes.dim - m.sizes.pdim], dim=-1)[::-1], -1), "exact exact",
+        sizes=lambda: Sizes(pdim=2, dim=8)),
+    "constant_buffer": tokens(lambda m, h: h * m.t, t=lambda: nn.Buffer(torch.full((8,), 2.0), persistent=False)),
+    "buffer_of_many_values": tokens(lambda m, h: h * m.t, "whole", t=lambda: nn.Buffer(torch.arange(8.0), persistent=False)),
     "tensor_split": tokens(lambda m, h: torch.mul(*h.tensor_split(2, dim=-1)), "exact", out=4),
     "chunk": tokens(lambda m, h: (lambda x, y: x * torch.sigmoid(y))(*h.chunk(2, dim=2)), "exact", out=4),
     "slice_half": tokens(lambda m, h: h[..., : h.shape[-1] // 2], "whole", out=4),
@@ -326,6 +379,14 @@ OPERATORS: dict[str, Case] = {
     "select": tokens(lambda m, h: h * h[..., 0].unsqueeze(-1), "whole"),
     "slice_of_one": tokens(lambda m, h: h * h[..., :1]),
     "gather_list": tokens(lambda m, h: h[..., [1, 0, 2]], "whole", out=3),
+    "gather_tokens": tokens(lambda m, h: h.gather(1, h[..., :1].argsort(1).repeat(1, 1, h.shape[-1]))),
+    "gather_tokens_by_an_expansion": tokens(lambda m, h: h.gather(1, h.new_zeros(len(h), 2, 1).long().expand(-1, -1, h.shape[-1]))),
+    "gather_along_the_axis": tokens(lambda m, h: h.gather(2, torch.zeros(len(h), 4, 8, dtype=torch.long)), "whole"),
+    "take_along_tokens": tokens(lambda m, h: torch.take_along_dim(h, h.argsort(1), 1), "exact"),
+    "topk_of_tokens": tokens(lambda m, h: h.topk(2, dim=1).values),
+    "sorted_tokens": tokens(lambda m, h: h.sort(dim=-2, descending=True)[0]),
+    "places_of_tokens": tokens(lambda m, h: h.argsort(1).to(h.dtype), "offset"),
+    "topk_of_the_axis": tokens(lambda m, h: torch.topk(h, 3)[0], "whole", out=3),
     "scatter": tokens(lambda m, h: h.scatter(1, torch.zeros(1, 1, 8, dtype=torch.long), 1.0), "whole"),
     "index_add": tokens(lambda m, h: h.index_add(1, torch.tensor([0]), h[:, :1]), "whole"),
     "flip": tokens(lambda m, h: h.flip(-1), "whole"),
@@ -339,6 +400,10 @@ OPERATORS: dict[str, Case] = {
                                 c=lambda: nn.Linear(8, 4)),
     "repeat_by_a_literal_ratio": tokens(lambda m, h: h + m.c(h).repeat(1, 1, h.shape[-1] // 4), "whole",
                                         c=lambda: nn.Linear(8, 4)),
+    "repeat_to_a_size": tokens(lambda m, h: h * m.p.repeat(1, 1, h.shape[-1]), p=lambda: P(1, 4, 1)),
+    "tile": tokens(lambda m, h: h.tile(2), out=16),
+    "masked_scatter": tokens(lambda m, h: h.masked_scatter(torch.ones(len(h), 4, 1, dtype=torch.bool), m.c(h)),
+                             {"a": "exact", "c": "exact"}, c=lambda: nn.Linear(8, 8)),
     "repeat_interleave": tokens(lambda m, h: h.repeat_interleave(2, dim=-1), out=16),
     "expand": tokens(lambda m, h: h + m.p.expand(-1, -1, h.shape[-1]), "offset", p=lambda: P(1, 4, 1)),
     "permute": tokens(lambda m, h: h.permute(2, 0, 1).movedim(0, -1).mT.transpose(-1, -2)),

@@ -20,7 +20,8 @@ from torch import nn
 import hf_compress
 from hf_compress.axes.attributes import SIZE_ATTRIBUTES
 from hf_compress.errors import HfCompressError, RecordError
-from hf_compress.surgery import Record, apply_record, record_of
+from hf_compress.surgery import Record, apply_record, record_of, remove_blocks
+from hf_compress.surgery.skeleton import RECORD_VERSION
 
 SECONDS, MEGABYTES = 1.0, 100
 
@@ -34,6 +35,25 @@ def honest(request: pytest.FixtureRequest) -> tuple[transformers.PretrainedConfi
     record = record_of(model).to_json()
     assert record["shapes"] and record["attributes"]
     return config, type(model), record
+
+
+@pytest.fixture(scope="module")
+def shorter() -> tuple[transformers.PretrainedConfig, type, dict[str, Any]]:
+    """The same of a model that has also lost whole blocks, from two lists."""
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=12, depths=[3, 4], num_heads=[2, 3], window_size=4, num_labels=7
+    )
+    model = transformers.SwinForImageClassification(copy.deepcopy(config))
+    hf_compress.prune(model, ratio=0.5)
+    blocks = [FIRST_LIST + ".1", SECOND_LIST + ".0", SECOND_LIST + ".2"]
+    record = record_of(remove_blocks(model, blocks)).to_json()
+    assert record["version"] == 2 and record["shapes"] and record["attributes"]
+    assert record["removed"] == {FIRST_LIST: [1], SECOND_LIST: [0, 2]}
+    return config, type(model), record
+
+
+FIRST_LIST, SECOND_LIST = "swin.encoder.layers.0.blocks", "swin.encoder.layers.1.blocks"
 
 
 def skeleton(config: transformers.PretrainedConfig, kind: type) -> nn.Module:
@@ -68,6 +88,10 @@ def try_record(config: transformers.PretrainedConfig, kind: type, data: Any) -> 
         tracemalloc.stop()
     assert elapsed < SECONDS and peak < MEGABYTES * 1e6
     after = state_of(model)
+    if not message and data.get("removed"):  # names have moved, so they cannot be compared one by one
+        assert len(after) < len(before)
+        assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in skeleton(config, kind).parameters())
+        before = after
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     if message:
         assert not changed, "a refused record must leave the model as it was"
@@ -87,7 +111,7 @@ def nested(depth: int) -> Any:
     return value
 
 
-def _set(*path: str) -> Callable[[dict[str, Any], Any], None]:
+def _set(*path: Any) -> Callable[[dict[str, Any], Any], None]:
     def change(record: dict[str, Any], value: Any) -> None:
         holder = record
         for key in path[:-1]:
@@ -179,9 +203,95 @@ def test_tensors_of_one_layer_must_agree(honest: Any) -> None:
 def test_unknown_fields_newer_versions_and_floods_are_refused(honest: Any) -> None:
     config, kind, record = honest
     assert "not known" in try_record(config, kind, {**record, "code": "import os"})
-    assert "Upgrade" in try_record(config, kind, {**record, "version": 2})
+    assert "Upgrade" in try_record(config, kind, {**record, "version": RECORD_VERSION + 1})
     assert "more than" in try_record(config, kind, {**record, "shapes": {str(i): [1] for i in range(150_000)}})
     assert "more than" in try_record(config, kind, {**record, "biases": [str(i) for i in range(150_000)]})
+
+
+# -- removed blocks -----------------------------------------------------------------------------------------------
+
+
+def test_an_honest_record_of_removed_blocks_is_accepted(shorter: Any) -> None:
+    config, kind, record = shorter
+    assert not try_record(config, kind, record)
+    assert Record.from_json(json.loads(json.dumps(record))).to_json() == record
+
+
+@pytest.mark.parametrize("value", BAD_VALUES, ids=lambda value: repr(value)[:12])
+@pytest.mark.parametrize("place", [("removed",), ("removed", "*"), ("removed", "*", 0)], ids=len)
+def test_wrong_values_of_removed_blocks_are_refused(shorter: Any, place: tuple[Any, ...], value: Any) -> None:
+    config, kind, record = shorter
+    record = copy.deepcopy(record)
+    _set(*place)(record, value)
+    if place == ("removed",) and value == {}:
+        try_record(config, kind, record)  # a smaller record: its tensors will not fit the checkpoint
+    elif place[-1] == 0 and type(value) is int and value == 0:
+        assert not try_record(config, kind, record)  # another block of the same shapes is a record like any other
+    else:
+        assert try_record(config, kind, record)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({SECOND_LIST: [0, 2, 2]}, "greater than the position before"),
+        ({SECOND_LIST: [2, 0]}, "greater than the position before"),
+        ({SECOND_LIST: [0, 4]}, "out of range; the list has 4 entries"),
+        ({SECOND_LIST: [10**18]}, "out of range"),
+        ({SECOND_LIST: [0, 1, 2, 3]}, "at least one of 4 must stay"),
+        ({FIRST_LIST: list(range(10_000))}, "out of range"),
+        ({FIRST_LIST: list(range(150_000))}, "1 to 100000 positions"),
+        ({FIRST_LIST: ["1"]}, "must be a position"),
+        ({FIRST_LIST: [True]}, "must be a position"),
+        ({FIRST_LIST: {"1": 1}}, "must be a list"),
+        ({"swin": [0]}, "of no list of modules"),
+        ({"classifier": [0]}, "of no list of modules"),
+        ({"": [0]}, "of no list of modules"),
+        ({FIRST_LIST + ".1": [0]}, "of no list of modules"),
+        ({"../../etc/passwd": [0]}, "of no list of modules"),
+        ({"swin.encoder.layers.0.__dict__": [0]}, "of no list of modules"),
+        ({"a" * 10**6: [0]}, "of no list of modules"),
+        ({str(i): [0] for i in range(150_000)}, "more than"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_removals_that_cannot_be_are_refused(shorter: Any, change: dict[str, Any], message: str) -> None:
+    config, kind, record = shorter
+    assert message in try_record(config, kind, {**record, "removed": {**record["removed"], **change}})
+
+
+def test_names_speak_of_the_model_after_the_removals(shorter: Any) -> None:
+    """A block that is gone has no tensors to speak of, and the model comes back when the sizes do not fit."""
+    config, kind, record = shorter
+    name = next(name for name in record["shapes"] if name.startswith(SECOND_LIST))
+    for gone in (SECOND_LIST + ".2", SECOND_LIST + ".3"):  # two of four are left
+        changed = copy.deepcopy(record)
+        changed["shapes"][gone + name[len(SECOND_LIST) + 2 :]] = record["shapes"][name]
+        assert "of no parameter or buffer" in try_record(config, kind, changed)
+    changed = copy.deepcopy(record)
+    changed["attributes"][SECOND_LIST + ".3.attention"] = {"num_attention_heads": 1}
+    assert "of no module" in try_record(config, kind, changed)
+
+
+def test_the_first_version_knows_no_removals_and_is_written_without_them(honest: Any, shorter: Any) -> None:
+    assert honest[2]["version"] == 1 and "removed" not in honest[2]
+    config, kind, record = shorter
+    assert "not known" in try_record(config, kind, {**record, "version": 1})
+    config, kind, record = honest
+    assert not try_record(config, kind, {**record, "version": 2})  # a later writer may say so
+
+
+def test_random_mutations_of_removed_blocks_end_well(shorter: Any) -> None:
+    config, kind, record = shorter
+    draw = random.Random(1)
+    refused = 0
+    for _ in range(80):
+        changed = copy.deepcopy(record)
+        _mutate(changed["removed"], draw)
+        for _ in range(draw.randint(0, 2)):
+            _mutate(changed, draw)
+        refused += bool(try_record(config, kind, changed))
+    assert 40 < refused
 
 
 def test_random_mutations_end_well(honest: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
@@ -94,6 +96,101 @@ def test_latency_budget_is_met_by_its_own_measure() -> None:
     plan = select(axes, random_scores(axes, 0), latency=(measure, limit))
     assert measure(plan) <= limit
     assert len(calls) <= 2 * math.log2(sum(axis.size for axis in axes)) + 4
+
+
+class BlockTable:
+    """A machine that computes four channels at a time: an axis costs the MACs of the next multiple of 4; and 1 ms."""
+
+    def __init__(self, axes: AxisGraph) -> None:
+        self.axes, self.names = axes, tuple(axes.axes)
+        self.sizes = np.array([axis.size for axis in axes], dtype=float)
+        self.dense_ms = self.predict()
+
+    def predict(self, keep: Mapping[str, int] | None = None) -> float:
+        blocks = {name: min(-(-size // 4) * 4, self.axes[name].size) for name, size in (keep or {}).items()}
+        return 1.0 + self.axes.cost(blocks).macs / 1000
+
+    def curve(self, names: Sequence[str], counts: Iterable[int]) -> np.ndarray:
+        return np.array([self.predict(dict.fromkeys(names, int(count))) for count in counts])
+
+
+@PROFILE
+@given(
+    family=st.sampled_from(["resnet_bottleneck", "mobilenet_v2"]),
+    share=st.floats(0.4, 1.0),
+    seed=st.integers(0, 2**16),
+    per_cost=st.booleans(),
+)
+def test_latency_share_is_met_with_fast_widths_and_nothing_more_fits(
+    family: str, share: float, seed: int, per_cost: bool
+) -> None:
+    axes = graph_of(family)
+    table, scores = BlockTable(axes), random_scores(axes, seed)
+    try:
+        plan = select(axes, scores, latency=share, latency_table=table, per_cost=per_cost)
+    except BudgetError as error:
+        lowest = re.search(r"([0-9.]+) of the dense time", str(error))
+        assert lowest is not None and float(lowest[1]) > share
+        return
+    limit = share * table.dense_ms
+    assert table.predict(plan.sizes) <= limit
+    tied = {name for group in axes.sizes_tied for name in group}
+    for name, size in plan.sizes.items():
+        assert size % 4 == 0  # any other width takes as long as the next multiple
+        kept = torch.zeros(axes[name].size, dtype=torch.bool)
+        kept[list(plan.keep[name])] = True
+        assert scores[name][kept].min() >= scores[name][~kept].max() or name in tied
+        if name not in tied:
+            step = 8 if axes[name].size > 128 else 4  # of long axes only every other block is looked at
+            assert table.predict({**plan.sizes, name: min(size + step, axes[name].size)}) > limit
+
+
+def test_a_table_gives_fast_widths_under_any_budget() -> None:
+    axes = graph_of("mobilenet_v2")
+    table, scores = BlockTable(axes), random_scores(axes, 0)
+    for budget in ({"macs": 0.5}, {"params": 0.5}, {"macs": 0.6, "latency": 0.6}):
+        plan = select(axes, scores, latency_table=table, **budget)
+        cost = axes.cost(plan)
+        assert plan.sizes and all(size % 4 == 0 for size in plan.sizes.values())
+        assert cost.macs <= budget.get("macs", 1) * axes.macs and cost.params <= budget.get("params", 1) * axes.params
+        assert table.predict(plan.sizes) <= budget.get("latency", 1) * table.dense_ms
+    rounded = select(axes, scores, macs=0.5, round_to=8, latency_table=table)
+    assert all(size % 8 == 0 for size in rounded.sizes.values())
+
+
+def test_latency_in_milliseconds_is_that_share() -> None:
+    axes = graph_of("mobilenet_v2")
+    table, scores = BlockTable(axes), random_scores(axes, 0)
+    assert select(axes, scores, latency=1.0, latency_table=table).keep == {}
+    half = select(axes, scores, latency=0.5, latency_table=table)
+    assert half.keep and select(axes, scores, latency=0.5 * table.dense_ms, latency_table=table) == half
+
+
+def test_an_axis_that_saves_no_time_stays_whole() -> None:
+    axes = graph_of("mobilenet_v2")
+    table, scores = BlockTable(axes), random_scores(axes, 0)
+    first = next(iter(axes)).name
+
+    class Deaf(BlockTable):
+        def predict(self, keep: Mapping[str, int] | None = None) -> float:
+            return super().predict({name: size for name, size in (keep or {}).items() if name != first})
+
+    assert first in select(axes, scores, latency=0.5, latency_table=table).keep
+    assert first not in select(axes, scores, latency=0.5, latency_table=Deaf(axes)).keep
+
+
+def test_latency_that_cannot_be_is_named() -> None:
+    axes = graph_of("mobilenet_v2")
+    scores = random_scores(axes, 0)
+    with pytest.raises(BudgetError, match=r"LatencyTable\.for_model"):
+        select(axes, scores, latency=0.5)
+    for wrong in (0, -1.0, float("nan"), float("inf"), True, "fast", (0.5,), (lambda plan: 1.0, 0)):
+        with pytest.raises(BudgetError, match="latency"):
+            select(axes, scores, latency=wrong, latency_table=BlockTable(axes))  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match="of the dense time"):
+        select(axes, scores, latency=1e-3, latency_table=BlockTable(axes))
+    with pytest.raises(PlanError, match="other axes"):
+        select(axes, scores, latency=0.5, latency_table=BlockTable(graph_of("vit")))
 
 
 def test_ratio_is_a_share_of_every_axis_or_of_the_axes_named() -> None:

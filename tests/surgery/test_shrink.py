@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import hf_compress
 from hf_compress.axes import find_axes
-from hf_compress.errors import ModelError, PlanError
+from hf_compress.errors import MethodError, ModelError, PlanError
 from hf_compress.surgery import Plan, prune, record_of, select, shrink
 
 
@@ -127,8 +127,8 @@ def test_models_quantized_by_others_are_refused_before_they_change() -> None:
 
 def test_unknown_scores_are_named() -> None:
     model, x = FAMILIES["resnet_basic"]()
-    with pytest.raises(PlanError, match="'magnitude'"):
-        prune(model, scores="taylor", example_inputs=x[:1])
+    with pytest.raises(MethodError, match="'magnitude'"):
+        prune(model, scores="tailor", example_inputs=x[:1])
 
 
 def test_nan_weights_are_named() -> None:

@@ -1,0 +1,52 @@
+"""Every architecture passes every check that applies to it, and no architecture of transformers is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import backbones
+import classification
+import pytest
+import transformers
+from checks import Reloader, check
+from transformers.models.auto import modeling_auto
+
+_OTHER = {"__main__", "checks", "test_coverage"}
+MODULES = [import_module(path.stem) for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in _OTHER]
+CASES = [
+    pytest.param(name, build, getattr(module, "WITHOUT", {}).get(name, set()), id=f"{module.__name__}-{name}")
+    for module in MODULES
+    for name, build in module.ARCHITECTURES.items()
+]
+
+
+@pytest.fixture(scope="module")
+def reloader() -> Iterator[Reloader]:
+    with Reloader() as process:
+        yield process
+
+
+@pytest.mark.parametrize(("name", "build", "without"), CASES)
+def test_architecture(name: str, build: object, without: set[str], reloader: Reloader) -> None:
+    outcome = check(name, build, reloader=reloader)  # type: ignore[arg-type]
+    assert not outcome.failed
+    assert {"masked", "reload", "train"} - set(outcome.results) == without, outcome.notes
+
+
+def test_every_classifier_of_transformers_is_here() -> None:
+    known = set(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    assert known == set(classification.CONFIGS) | set(classification.CANNOT)
+
+
+def test_every_backbone_of_transformers_is_here() -> None:
+    known = set(modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES)
+    assert known == set(backbones.BACKBONES) | set(backbones.SAME_CLASS) | set(backbones.CANNOT)
+
+
+def test_what_is_said_not_to_build_does_not() -> None:
+    assert set(classification.CANNOT) == set(backbones.CANNOT) == {"dinat"}
+    for kind in (transformers.DinatForImageClassification, transformers.DinatBackbone):
+        with pytest.raises(ImportError, match="natten"):
+            kind(transformers.DinatConfig())
