@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import json
 import logging
 import os
@@ -30,17 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fashion_mnist import DEFAULT_DATA, Data, Images, accuracy, as_batch, load_data
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_compress import NetworkSlimmingCallback, ProximalSlimmingCallback, find_axes, magnitude_scores, select, shrink
 
 HERE = Path(__file__).resolve().parent
-SHARED_DATA = HERE.parent.parent / "shared" / "data" / "fashion_mnist"
-HUB_DATA = "zalando-datasets/fashion_mnist"
 TUNING_SEED = 100
-MEAN, STD = 0.2860, 0.3530  # of the training pixels
 
 
 @dataclass(frozen=True)
@@ -61,78 +57,6 @@ class Protocol:
 
 
 QUICK = Protocol(seeds=(0,), train_images=2_000, train_steps=30, finetune_steps=10)
-
-
-# -- data ---------------------------------------------------------------------------------------------------------
-
-
-class Images(Dataset[dict[str, Tensor]]):
-    """Batches from memory, with random flips.
-
-    The flips follow one generator, so that two trainings with equal seeds see the same pixels.
-    """
-
-    def __init__(self, pixels: Tensor, labels: Tensor, seed: int):
-        self.pixels, self.labels = pixels, labels
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        chosen = torch.as_tensor(indices)
-        pixels = self.pixels[chosen]
-        flips = torch.rand(len(chosen), 1, 1, 1, generator=self.generator) < 0.5
-        return {
-            "pixel_values": normalised(torch.where(flips, pixels.flip(3), pixels)),
-            "labels": self.labels[chosen],
-        }
-
-
-def as_batch(batch: Any) -> dict[str, Tensor]:
-    """The collator for batches that are complete already."""
-    return batch
-
-
-@dataclass(frozen=True)
-class Data:
-    """uint8 [n, 1, 28, 28] and int64 [n] for each split."""
-
-    train: tuple[Tensor, Tensor]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-
-def normalised(pixels: Tensor) -> Tensor:
-    return (pixels.float() / 255 - MEAN) / STD
-
-
-def load_data(source: str, train_images: int) -> Data:
-    """Read Fashion-MNIST from a folder of parquet files or a Hub id."""
-    from datasets import Image, load_dataset
-    from PIL import Image as PILImage
-    from torchvision.transforms.functional import pil_to_tensor
-
-    def split(name: str) -> tuple[Tensor, Tensor]:
-        table = load_dataset(source, split=name).cast_column("image", Image(decode=False))
-        images = [pil_to_tensor(PILImage.open(io.BytesIO(entry["bytes"]))) for entry in table["image"]]
-        return torch.stack(images), torch.tensor(table["label"])
-
-    pixels, labels = split("train")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    kept, held_out = order[:train_images], order[55_000:]
-    return Data((pixels[kept], labels[kept]), (pixels[held_out], labels[held_out]), split("test"))
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, split: tuple[Tensor, Tensor]) -> float:
-    """In percent."""
-    model.eval()
-    right = 0
-    for pixels, labels in zip(split[0].split(500), split[1].split(500), strict=True):
-        batch = normalised(pixels).contiguous(memory_format=torch.channels_last)
-        right += int((model(pixel_values=batch).logits.argmax(-1) == labels).sum())
-    return 100 * right / len(split[1])
 
 
 # -- models and training ------------------------------------------------------------------------------------------
@@ -684,7 +608,7 @@ def write(path: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", default=str(SHARED_DATA) if SHARED_DATA.is_dir() else HUB_DATA)
+    parser.add_argument("--data", default=DEFAULT_DATA)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--tune", action="store_true", help="fill the grids on the validation split")
     parser.add_argument("--only", nargs="+", choices=sorted(METHODS), help="tune or run these methods alone")

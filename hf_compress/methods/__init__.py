@@ -1,6 +1,7 @@
 """Training methods as Trainer callbacks: one file per method."""
 
 from .axis_callback import AxisCallback
+from .dimension_search import DimensionSearchCallback
 from .network_slimming import NetworkSlimmingCallback
 from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
 from .proximal_slimming import ProximalSlimmingCallback
@@ -11,6 +12,7 @@ __all__ = [
     "MCP",
     "SCAD",
     "AxisCallback",
+    "DimensionSearchCallback",
     "Lp",
     "NetworkSlimmingCallback",
     "Penalty",

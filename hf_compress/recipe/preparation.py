@@ -5,6 +5,7 @@ What is wrong is found here, in seconds, and said with the recipe's line; what i
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import math
@@ -22,6 +23,8 @@ from ..errors import DataError, HfCompressError, HubError, ModelError, NothingTo
 from ..surgery import magnitude_scores
 from .data import ImageSplit, RawData, load_data, local_folder
 from .schema import (
+    DimensionSearchStage,
+    Method,
     NetworkSlimmingStage,
     ProximalSlimmingStage,
     PruneStage,
@@ -102,7 +105,7 @@ def prepare(recipe: Recipe) -> Prepared:
         if isinstance(stage, Training):
             arguments = training_arguments(recipe, index, Path("unused"))
             prepared.steps[index] = number_of_steps(arguments, len(data.train))
-    if any(isinstance(stage, (PruneStage, NetworkSlimmingStage, ProximalSlimmingStage)) for stage in recipe.stages):
+    if any(isinstance(stage, (PruneStage, Method)) for stage in recipe.stages):
         prepared.axes = find_axes(model, prepared.example_inputs)
         _check_budgets(prepared)
     return prepared
@@ -184,7 +187,7 @@ def number_of_steps(arguments: TrainingArguments, images: int) -> int:
 
 
 def method_callback(recipe: Recipe, index: int, example_inputs: dict[str, Tensor] | None = None) -> Any:
-    """The callback of a slimming stage, or None for ordinary training.
+    """The callback of a method's stage, or None for ordinary training.
 
     Raises:
         HfCompressError: when the method refuses its parameters.
@@ -208,6 +211,18 @@ def method_callback(recipe: Recipe, index: int, example_inputs: dict[str, Tensor
                 penalty=methods.penalty_from(stage.penalty, **stage.parameters),
                 grouping=stage.grouping or "axis",
                 gamma_init=stage.gamma_init,
+                example_inputs=example_inputs,
+            )
+        if isinstance(stage, DimensionSearchStage):
+            return methods.DimensionSearchCallback(
+                stage.strength,
+                stage.target,
+                stage.warmup,
+                penalty=methods.penalty_from(stage.penalty, **stage.parameters),
+                kinds=stage.kinds,
+                inexact=stage.inexact,
+                min_keep=stage.min_keep,
+                lr_factor=stage.lr_factor,
                 example_inputs=example_inputs,
             )
     except (HfCompressError, TypeError, ValueError) as error:
@@ -407,15 +422,17 @@ def _check_budgets(prepared: Prepared) -> None:
     for index, stage in enumerate(recipe.stages):
         here = recipe.where("stages", index)
         try:
-            if isinstance(stage, (NetworkSlimmingStage, ProximalSlimmingStage)):
-                _slimming_scores(prepared, index)
+            if isinstance(stage, Method):
+                _method_scores(prepared, index)
             elif isinstance(stage, PruneStage):
                 from .stages import choose
 
-                slimming = scoring_stage(recipe, index) if stage.scores == "auto" else None
-                scores = magnitude_scores(model, axes) if slimming is None else _slimming_scores(prepared, slimming)
+                source = scoring_stage(recipe, index) if stage.scores == "auto" else None
+                scores = magnitude_scores(model, axes) if source is None else _method_scores(prepared, source)
                 if stage.support:
-                    prepared.goals[index] = "what the slimming stage leaves at zero goes"
+                    is_search = source is not None and isinstance(recipe.stages[source], DimensionSearchStage)
+                    chosen = "the target of the search names" if is_search else "the slimming stage leaves at zero"
+                    prepared.goals[index] = f"what {chosen} goes"
                     continue
                 plan = choose(stage, axes, scores, dense=axes)
                 prepared.goals[index] = _goal(stage, axes, plan)
@@ -423,8 +440,13 @@ def _check_budgets(prepared: Prepared) -> None:
             raise type(error)(f"{here}: {error}") from error
 
 
-def _slimming_scores(prepared: Prepared, index: int) -> Mapping[str, Tensor]:
+def _method_scores(prepared: Prepared, index: int) -> Mapping[str, Tensor]:
     callback = method_callback(prepared.recipe, index, prepared.example_inputs)
+    if isinstance(prepared.recipe.stages[index], DimensionSearchStage):
+        model = copy.deepcopy(prepared.model)
+        callback.attach(model)
+        callback.plan(model)  # sees whether the target can be met
+        return callback.scores(model)
     scores = callback.scores(prepared.model)
     if not scores:
         raise NothingToShrinkError(

@@ -14,7 +14,7 @@ from ..surgery import Plan
 from .folder import RunFolder, write_json
 from .preparation import Prepared
 from .reload import reload_difference
-from .schema import MODEL_STAGES, PushStage, ReportStage
+from .schema import MODEL_STAGES, Method, PushStage, ReportStage
 from .stages import load_model, test_pixels, unpruned_stages
 
 
@@ -114,7 +114,7 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
     pictures["tradeoff.png"] = "Accuracy on the test images against multiply-accumulates."
     for number, stage in enumerate(stages, 1):
         history = folder.stage(number) / "history.json"
-        if stage.stage in ("network_slimming", "proximal_slimming"):
+        if isinstance(stage, Method):
             entries = json.loads(history.read_text(encoding="utf-8"))
             if any("sparsity" in entry for entry in entries):
                 plot_sparsity(made / "sparsity.png", entries)

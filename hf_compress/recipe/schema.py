@@ -146,7 +146,11 @@ class FinetuneStage(Training):
     stage: Literal["finetune"]
 
 
-class Slimming(Training):
+class Method(Training):
+    """Training with a method of this package, whose scores a later prune stage ranks by."""
+
+
+class Slimming(Method):
     """What both slimming methods may say.
 
     Attributes:
@@ -190,14 +194,44 @@ class ProximalSlimmingStage(Slimming):
     parameters: dict[str, float] = Field(default_factory=dict)
 
 
+class DimensionSearchStage(Method):
+    """Training that searches which dimensions the model needs (SiDT; see ``DimensionSearchCallback``).
+
+    Attributes:
+        strength: weight of the penalty, or kind -> weight.
+        target: what ``support: true`` removes in the next prune stage: a share of the dimensions of each kind, kind ->
+            share, or a budget such as ``{macs: 0.6}``; what became zero when not given.
+        warmup: steps before the penalty begins; below 1, a share of all steps.
+        penalty, parameters: as in ``network_slimming``.
+        kinds: qk, v, mlp, heads, residual, channels; qk, v and mlp when not given.
+        inexact: also search axes whose removal is not exactly masking (the residual width).
+        min_keep: the fewest indices of an axis, or kind -> number.
+        lr_factor: scores learn with this multiple of the learning rate.
+    """
+
+    stage: Literal["dimension_search"]
+    strength: float | dict[str, float] = 0.1
+    target: float | dict[str, float] | None = None
+    warmup: Annotated[float, Field(ge=0)] = 0
+    penalty: str = "l1"
+    parameters: dict[str, float] = Field(default_factory=dict)
+    kinds: list[str] | None = None
+    inexact: bool = False
+    min_keep: Positive | dict[str, Positive] | None = None
+    lr_factor: Annotated[float, Field(gt=0)] = 10.0
+
+
 class PruneStage(Section):
     """Choose what to keep and remove the rest.
 
     Attributes:
         macs, params: budget: a share of the dense model (below 1) or an absolute number.
+        latency: budget: a share of the dense model's predicted time for one image, or milliseconds (above 1). Predicted from
+            times measured on this machine, so another machine may choose other widths.
         ratio: share of indices to remove from every axis, or ``{pattern of axis names: share}``.
-        support: remove exactly what the last slimming stage set to zero.
-        scores: ``auto`` takes the scores of the last slimming stage, or weight magnitudes when there was none.
+        support: remove exactly what the last proximal_slimming stage set to zero, or what the ``target`` of the last
+            dimension_search stage says.
+        scores: ``auto`` takes the scores of the last method stage, or weight magnitudes when there was none.
         round_to: kept widths are multiples of this.
         min_keep: at least so many indices stay on every axis.
         inexact: also prune axes where removal is not exactly masking (normalisation over the axis).
@@ -207,6 +241,7 @@ class PruneStage(Section):
     stage: Literal["prune"]
     macs: Annotated[float, Field(gt=0)] | None = None
     params: Annotated[float, Field(gt=0)] | None = None
+    latency: Annotated[float, Field(gt=0)] | None = None
     ratio: Annotated[float, Field(ge=0, lt=1)] | dict[str, Annotated[float, Field(ge=0, lt=1)]] | None = None
     support: bool = False
     scores: Literal["auto", "magnitude"] = "auto"
@@ -217,11 +252,11 @@ class PruneStage(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneStage:
-        given = [name for name in ("macs", "params", "ratio") if getattr(self, name) is not None]
+        given = [name for name in ("macs", "params", "latency", "ratio") if getattr(self, name) is not None]
         given += ["support"] if self.support else []
         if len(given) != 1:
             found = f"found {' and '.join(given)}" if given else "found none"
-            raise ValueError(f"give exactly one of `macs`, `params`, `ratio` and `support: true`; {found}")
+            raise ValueError(f"give exactly one of `macs`, `params`, `latency`, `ratio` and `support: true`; {found}")
         if self.support and self.scores != "auto":
             raise ValueError("`support: true` takes its zeros from the slimming stage; leave out `scores`")
         return self
@@ -271,6 +306,7 @@ Stage = Annotated[
     | FinetuneStage
     | NetworkSlimmingStage
     | ProximalSlimmingStage
+    | DimensionSearchStage
     | PruneStage
     | ExportStage
     | ReportStage
@@ -281,13 +317,15 @@ STAGES: dict[str, type[Section]] = {
     "train": TrainStage,
     "network_slimming": NetworkSlimmingStage,
     "proximal_slimming": ProximalSlimmingStage,
+    "dimension_search": DimensionSearchStage,
     "prune": PruneStage,
     "finetune": FinetuneStage,
     "export": ExportStage,
     "report": ReportStage,
     "push": PushStage,
 }
-MODEL_STAGES = ("train", "network_slimming", "proximal_slimming", "prune", "finetune")  # those that change the model
+MODEL_STAGES = tuple(name for name, kind in STAGES.items() if issubclass(kind, (Training, PruneStage)))
+"""Those that change the model."""
 
 
 class Recipe(Section):
@@ -461,8 +499,8 @@ def _order_problems(recipe: Recipe) -> list[str]:
             problems.append(f"{here}: report measures the exported file, so export comes before report.")
         if isinstance(stage, PruneStage) and stage.support and scoring_stage(recipe, index) is None:
             problems.append(
-                f"{recipe.where('stages', index, 'support')}: needs a proximal_slimming stage before it, with no other "
-                "prune in between. Add one, or give a budget (`macs: 0.5`)."
+                f"{recipe.where('stages', index, 'support')}: needs a proximal_slimming or dimension_search stage before "
+                "it, with no other prune in between. Add one, or give a budget (`macs: 0.5`)."
             )
         if isinstance(stage, ReportStage) and stage.dense is not None:
             problems += _dense_problems(recipe, index, stage)
@@ -485,14 +523,13 @@ def _dense_problems(recipe: Recipe, index: int, stage: ReportStage) -> list[str]
 
 
 def scoring_stage(recipe: Recipe, index: int) -> int | None:
-    """The slimming stage whose scores a prune stage at ``index`` uses, or None for weight magnitudes."""
+    """The method stage whose scores a prune stage at ``index`` uses, or None for weight magnitudes."""
     stage = recipe.stages[index]
     for number in range(index - 1, -1, -1):
         name = recipe.stages[number].stage
         if name == "prune":
             return None
-        if name == "proximal_slimming":
-            return number
-        if name == "network_slimming":
-            return None if isinstance(stage, PruneStage) and stage.support else number
+        if isinstance(recipe.stages[number], Method):
+            without_support = name == "network_slimming" and isinstance(stage, PruneStage) and stage.support
+            return None if without_support else number
     return None

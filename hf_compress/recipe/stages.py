@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..axes import AxisGraph, find_axes
 from ..errors import HfCompressError
+from ..measurement.latency_table import LatencyTable
 from ..surgery import Plan, magnitude_scores, select, shrink
 from .folder import RunFolder, write_json
 from .preparation import Prepared
-from .schema import MODEL_STAGES, ExportStage, PruneStage, PushStage, Training, scoring_stage
+from .schema import MODEL_STAGES, DimensionSearchStage, ExportStage, PruneStage, PushStage, Training, scoring_stage
 
 
 def load_model(path: Path) -> Any:
@@ -79,7 +80,13 @@ def _train(prepared: Prepared, index: int, source: Path, partial: Path) -> dict[
     callback, history = train(prepared, index, model, partial / "trainer")
     if callback is not None:
         tensors = {f"scores/{name}": value for name, value in callback.scores(model).items()}
-        if hasattr(callback, "support"):
+        if isinstance(prepared.recipe.stages[index], DimensionSearchStage):
+            plan = callback.plan(model)
+            masks = {axis: torch.zeros(plan.axes[axis].size, dtype=torch.bool) for axis in plan.keep}
+            for axis, mask in masks.items():
+                mask[list(plan.keep[axis])] = True
+            tensors |= {f"support/{axis}": mask for axis, mask in masks.items()}
+        elif hasattr(callback, "support"):
             tensors |= {f"support/{name}": value for name, value in callback.support(model).items()}
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "scores.safetensors")
     write_json(partial / "history.json", history)
@@ -107,7 +114,8 @@ def _prune(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
         if stage.support:
             support = {name[8:]: value for name, value in saved.items() if name.startswith("support/")}
     try:
-        plan = choose(stage, axes, scores, dense=prepared.axes, support=support)
+        table, share = _latency(prepared, folder, stage, model, axes)
+        plan = choose(stage, axes, scores, dense=prepared.axes, support=support, latency_table=table, dense_share=share)
         shrink(model, plan, axes=axes, fold_shift=stage.fold_shift, example_inputs=prepared.example_inputs)
     except HfCompressError as error:
         raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
@@ -121,6 +129,20 @@ def _prune(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     return {"stage": "prune", "macs": macs, "params": params, "validation_accuracy": found}
 
 
+def _latency(
+    prepared: Prepared, folder: RunFolder, stage: PruneStage, model: Any, axes: AxisGraph
+) -> tuple[LatencyTable | None, float]:
+    """The table of times that a latency budget needs, and the time of the dense model over that of ``model``."""
+    if stage.latency is None:
+        return None, 1.0
+    assert prepared.axes is not None
+    table = LatencyTable.for_model(model, axes, prepared.example_inputs)
+    if (prepared.axes.macs, prepared.axes.params) == (axes.macs, axes.params):
+        return table, 1.0
+    dense = LatencyTable.for_model(load_model(folder.model(0)), prepared.axes, prepared.example_inputs)
+    return table, dense.dense_ms / table.dense_ms
+
+
 def choose(
     stage: PruneStage,
     axes: AxisGraph,
@@ -128,6 +150,8 @@ def choose(
     *,
     dense: AxisGraph,
     support: Mapping[str, Tensor] | None = None,
+    latency_table: LatencyTable | None = None,
+    dense_share: float = 1.0,
 ) -> Plan:
     """The plan that a prune stage asks for.
 
@@ -135,12 +159,20 @@ def choose(
         axes: of the model that is cut.
         dense: of the model before the first stage, whose cost a share refers to.
         support: axis name -> bool [axis size], with ``support: true``.
+        latency_table: of the model that is cut, for a ``latency``. Without one the plan keeps everything: whether the
+            budget is within reach then shows when the stage runs.
+        dense_share: time of the dense model over that of the model that is cut.
 
     Raises:
         HfCompressError: as :func:`hf_compress.select`.
     """
     if stage.support:
         return plan_from_support(axes, support or {}, scores, stage.min_keep, stage.round_to)
+    latency = stage.latency
+    if latency is not None:
+        if latency_table is None:
+            return Plan({}, axes)
+        latency = min(latency * dense_share, 1.0) if latency <= 1 else latency
     is_first = (dense.macs, dense.params) == (axes.macs, axes.params)
 
     def budget(asked: float | None, whole: int) -> float | int | None:
@@ -153,6 +185,8 @@ def choose(
         scores,
         macs=budget(stage.macs, dense.macs),
         params=budget(stage.params, dense.params),
+        latency=latency,
+        latency_table=latency_table,
         ratio=stage.ratio,
         round_to=stage.round_to,
         min_keep=stage.min_keep,

@@ -13,11 +13,12 @@ import torch
 import torch.distributed
 from slimming_training import SCALED_INPUTS, Images, make_trainer, scaled_classifier
 
-from hf_compress.methods import NetworkSlimmingCallback, ProximalSlimmingCallback
+from hf_compress.methods import DimensionSearchCallback, NetworkSlimmingCallback, ProximalSlimmingCallback
 
 METHODS = {
     "l1": lambda: NetworkSlimmingCallback("l1", 0.05, example_inputs=SCALED_INPUTS),
     "group": lambda: NetworkSlimmingCallback("l1", 0.05, grouping="axis", example_inputs=SCALED_INPUTS),
+    "search": lambda: DimensionSearchCallback(0.2, kinds="mlp", example_inputs=SCALED_INPUTS),
     "proximal": lambda: ProximalSlimmingCallback(2.0, 1.0, example_inputs=SCALED_INPUTS),
 }
 

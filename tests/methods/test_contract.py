@@ -12,7 +12,14 @@ from slimming_training import Classifier, largest_difference, make_trainer, weig
 
 from hf_compress.axes import find_axes
 from hf_compress.errors import NothingToShrinkError
-from hf_compress.methods import L1, MCP, NetworkSlimmingCallback, ProximalSlimmingCallback, TransformedL1
+from hf_compress.methods import (
+    L1,
+    MCP,
+    DimensionSearchCallback,
+    NetworkSlimmingCallback,
+    ProximalSlimmingCallback,
+    TransformedL1,
+)
 from hf_compress.surgery import select, shrink
 
 METHODS = {
@@ -23,6 +30,7 @@ METHODS = {
     "proximal": lambda **options: ProximalSlimmingCallback(2.0, 1.0, gamma_init=0.5, **options),
     "proximal_mcp": lambda **options: ProximalSlimmingCallback(2.0, 1.0, penalty={"name": "mcp", "a": 2.0}, **options),
     "proximal_by_scale": lambda **options: ProximalSlimmingCallback(2.0, 1.0, grouping="scale", **options),
+    "search": lambda **options: DimensionSearchCallback(0.5, kinds=["channels"], **options),
 }
 
 
@@ -66,7 +74,7 @@ def test_trained_scored_and_shrunk_or_refused(method, family, tmp_path):
             assert torch.equal(score, scores[name][list(plan.keep[name])])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "search"])  # it brings scores of its own
 def test_scores_order_by_the_size_of_scales(method, tmp_path):
     """With one scale set to nothing, its index scores lowest; scores do not depend on signs."""
     model, inputs = built("plain_cnn")
@@ -93,7 +101,7 @@ def test_arguments_survive_a_checkpoint(method):
 
 
 @pytest.mark.parametrize("restore", [False, True], ids=["same_callback", "restored_callback"])
-@pytest.mark.parametrize("method", ["l1", "proximal", "proximal_by_scale"])
+@pytest.mark.parametrize("method", ["l1", "proximal", "proximal_by_scale", "search"])
 def test_interrupted_run_ends_in_the_same_weights(method, restore, tmp_path):
     """Bit for bit. With restored callbacks, the strength comes from the checkpoint."""
     options = {
@@ -125,7 +133,7 @@ def test_interrupted_run_ends_in_the_same_weights(method, restore, tmp_path):
             assert torch.equal(callback.support(model)[name], mask)
 
 
-@pytest.mark.parametrize("method", ["l1", "proximal"])
+@pytest.mark.parametrize("method", ["l1", "proximal", "search"])
 def test_checkpoints_load_and_the_final_model_is_clean(method, tmp_path):
     model, inputs = built("resnet_basic")
     callback = METHODS[method](example_inputs=inputs)
@@ -140,7 +148,7 @@ def test_checkpoints_load_and_the_final_model_is_clean(method, tmp_path):
     assert not report["unexpected_keys"] and not report["missing_keys"]
     assert largest_difference(weights(again), weights(model)) == 0.0
     _, report = load(tmp_path / "checkpoint-1", output_loading_info=True)
-    assert not report["missing_keys"] and all("hf_compress_xi" in key for key in report["unexpected_keys"])
+    assert not report["missing_keys"] and all("hf_compress_" in key for key in report["unexpected_keys"])
 
 
 @pytest.mark.parametrize("method", ["l1", "proximal"])
