@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .models import AUTO_CLASSES
+from .models import AUTO_CLASSES, IMAGE_PROCESSORS
 
 
 def _register_quantizer() -> None:
@@ -39,8 +39,8 @@ def _register_configurations() -> None:
 
 
 def _register_models() -> None:
-    if not all(_is_complete(name) for name in (_MODELING, _MODELING_AUTO)):
-        return  # one of the two imports the other; the hook of the one that finishes last does it
+    if not all(_is_complete(name) for name in (_MODELING, _MODELING_LAYERS, _MODELING_AUTO)):
+        return  # one of these imports another; the hook of the one that finishes last does it
     if any(name in sys.modules and not _is_complete(name) for name in _OWN_MODELING):
         return  # one of these brought transformers in and has no classes yet; its own hook comes when it is done
     auto = sys.modules[_MODELING_AUTO]
@@ -50,11 +50,21 @@ def _register_models() -> None:
             getattr(auto, auto_class).register(_load(package, config_class), _load(package, model_class), exist_ok=True)
 
 
+def _register_image_processors() -> None:
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    for model_type, name in IMAGE_PROCESSORS.items():
+        package, config_class, _ = AUTO_CLASSES[model_type]
+        classes = {"torchvision": _load(package, name)}
+        AutoImageProcessor.register(_load(package, config_class), image_processor_classes=classes, exist_ok=True)
+
+
 def _load(package: str, name: str) -> Any:
     return getattr(import_module(package), name)
 
 
 _MODELING = "transformers.modeling_utils"
+_MODELING_LAYERS = "transformers.modeling_layers"  # imports the Auto classes before it has any of its own
 _MODELING_AUTO = "transformers.models.auto.modeling_auto"
 _OWN_MODELING = (
     f"{__package__}.models.slimming",
@@ -63,7 +73,9 @@ _OWN_MODELING = (
 _HOOKS: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _register_quantizer,
     "transformers.models.auto.configuration_auto": _register_configurations,
+    "transformers.models.auto.image_processing_auto": _register_image_processors,
     _MODELING: _register_models,
+    _MODELING_LAYERS: _register_models,
     _MODELING_AUTO: _register_models,
     **dict.fromkeys(_OWN_MODELING, _register_models),
 }

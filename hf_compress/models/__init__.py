@@ -20,8 +20,21 @@ AUTO_CLASSES: dict[str, tuple[str, str, dict[str, str]]] = {
         "PreActResNetConfig",
         {"AutoModel": "PreActResNetModel", "AutoModelForImageClassification": "PreActResNetForImageClassification"},
     ),
+    "pruned_vit": (
+        "hf_compress.models.pruned_vit",
+        "PrunedViTConfig",
+        {
+            "AutoModel": "PrunedViTModel",
+            "AutoModelForImageClassification": "PrunedViTForImageClassification",
+            "AutoBackbone": "PrunedViTBackbone",
+        },
+    ),
+    "sidt": ("hf_compress.models.sidt", "SidtConfig", {"AutoModelForObjectDetection": "SidtForObjectDetection"}),
 }
 """``model_type`` -> (package, configuration class, {Auto class: model class}): what transformers' Auto classes learn."""
+
+IMAGE_PROCESSORS = {"sidt": "SidtImageProcessor"}
+"""``model_type`` -> image processor in the same package, for models that need one of their own."""
 
 
 def lazy_names(package: str, names: Collection[str]) -> Callable[[str], Any]:
