@@ -46,7 +46,6 @@ VARIANTS: dict[str, Callable[[LatencyTable], dict[str, Any]]] = {
     "macs_fast": lambda table: {"macs": SHARE, "latency_table": table},
     "latency": lambda table: {"latency": SHARE, "latency_table": table},
 }
-WITH_ONNX = ("dense", "macs", "latency")
 
 
 def classifier(config: transformers.PretrainedConfig) -> nn.Module:
@@ -178,10 +177,9 @@ def run(name: str, rounds: int, threads: int) -> dict[str, Any]:
         variants[variant]["torch_ratio"] = ratio
     with tempfile.TemporaryDirectory() as folder:
         runners = {}
-        for key in WITH_ONNX:
-            if key in models:
-                path = export_onnx(models[key], Path(folder) / f"{key}.onnx", image, tolerance=1e-3)
-                runners[key] = functools.partial(onnx_runner(path), image)
+        for key, candidate in models.items():
+            path = export_onnx(candidate, Path(folder) / f"{key}.onnx", image, tolerance=1e-3)
+            runners[key] = functools.partial(onnx_runner(path), image)
         found, result["onnx_dense_ms"] = ratios(runners, rounds, clock)
     for variant, ratio in found.items():
         variants[variant]["onnx_ratio"] = ratio
@@ -202,7 +200,7 @@ def show(name: str, result: Mapping[str, Any]) -> None:
             continue
         print(
             f"{variant:12}{row['macs_ratio']:8.3f}{row['predicted_ratio']:11.3f}{row['torch_ratio']:9.3f}"
-            f"{row.get('onnx_ratio', float('nan')):9.3f}"
+            f"{row['onnx_ratio']:9.3f}"
             f"{row['select_s']:10.3f}{row['shrink_s']:10.3f}"
         )
 

@@ -284,10 +284,15 @@ def linear(call: Call) -> Value:
     call.tracer.needs_zero(summed, x.dirty)
     dims = [*x.dims[:-1], *([out] if out is not None else [])]
     call.tracer.count(1, *dims, summed)
-    dirty = _without(x.dirty, summed)
+    dirty = _without(x.dirty, summed) | _dirty_beside(call, x.dims[:-1])
     result = Value(dims, dirty | _dirty_outputs(call, out) if out is not None else dirty)
     _note_contraction(call, weight, summed, len(weight.dims) - 1, False, result)
     return result
+
+
+def _dirty_beside(call: Call, dims: list[Index]) -> frozenset[Index]:
+    """Leaves beside the channels of a layer: a bias makes a row of zeros non-zero, a masked head among them."""
+    return dirty_leaves(*dims) if isinstance(call["bias"], Tensor) else frozenset()
 
 
 def _dirty_outputs(call: Call, out: Index) -> frozenset[Index]:
@@ -362,7 +367,7 @@ def convolution(call: Call) -> Value:
     dims = [*x.dims[: -spatial - 1], out, *_fresh(sizes[-spatial:], "spatial")]
     call.tracer.count(kernel, *dims, inner)
     # the rows of the filter are zeroed with an index, so the output is zero there whatever a grouped filter reads
-    dirty = _dirty_outputs(call, out) | _without(x.dirty, channels)
+    dirty = _dirty_outputs(call, out) | _without(x.dirty, channels) | _dirty_beside(call, x.dims[: -spatial - 1])
     result = Value(dims, dirty)
     if group is None or inner.size > 1:
         padding = _nonzero(call["padding"]) and kernel > 1
@@ -399,7 +404,8 @@ def transposed_convolution(call: Call) -> Value:
     kernel = prod(dim.size for dim in weight.dims[2:])
     call.tracer.count(kernel, *x.dims, per_group)
     dims = [*x.dims[: -spatial - 1], out, *_fresh(sizes[-spatial:], "spatial")]
-    return Value(dims, _dirty_outputs(call, out) | _without(x.dirty, channels))
+    dirty = _dirty_outputs(call, out) | _without(x.dirty, channels) | _dirty_beside(call, x.dims[: -spatial - 1])
+    return Value(dims, dirty)
 
 
 @rule("matmul bmm mm mv", "input other")
@@ -605,13 +611,15 @@ def batch_norm(call: Call) -> Value:
             call.tracer.consume(call[key], 0)  # statistics are no producers: a masked input is not masked behind them
     masked = _affine(call, [channel])
     call.tracer.mark_scale(call["weight"])
+    beside = [dim for position, dim in enumerate(x.dims) if position != 1]
     if call["training"]:  # weight standardisation: every dimension but the channel meets in the statistics
-        for position, dim in enumerate(x.dims):
-            if position != 1:
-                flag(dim, "statistics")
+        for dim in beside:
+            flag(dim, "statistics")
         # what is zero has a mean of zero, so without a shift it stays zero
-        return Value(list(x.dims), x.dirty if masked or call["bias"] is None else dirty_leaves(*x.dims))
-    return Value(list(x.dims), _without(x.dirty, channel) if masked else dirty_leaves(*x.dims))
+        kept = x.dirty if masked or call["bias"] is None else dirty_leaves(*x.dims)
+        return Value(list(x.dims), kept | _dirty_beside(call, beside))
+    dirty = _without(x.dirty, channel) | dirty_leaves(*beside)  # the running mean is a bias as well
+    return Value(list(x.dims), dirty if masked else dirty_leaves(*x.dims))
 
 
 @rule("layer_norm rms_norm", "input normalized_shape weight bias eps")
@@ -625,7 +633,8 @@ def layer_norm(call: Call) -> Value:
         if isinstance(size, TracedInt):
             call.tracer.tie(size, dim)
     masked = _affine(call, normalised)
-    return Value(list(x.dims), x.dirty if masked else x.dirty | dirty_leaves(*normalised))
+    dirty = x.dirty | _dirty_beside(call, x.dims[: len(x.dims) - len(shape)])
+    return Value(list(x.dims), dirty if masked else dirty | dirty_leaves(*normalised))
 
 
 @rule("group_norm", "input num_groups weight bias eps")
@@ -643,7 +652,8 @@ def group_norm(call: Call) -> Value:
         name_role(group, "groups")
         name_role(inner, "group_channels")
         call.tracer.tie(call["num_groups"], group)
-    return Value(list(x.dims), x.dirty if masked else x.dirty | dirty_leaves(channel))
+    dirty = x.dirty | _dirty_beside(call, [dim for dim in x.dims if dim is not channel])
+    return Value(list(x.dims), dirty if masked else dirty | dirty_leaves(channel))
 
 
 @rule("instance_norm", "input running_mean running_var weight bias use_input_stats momentum eps")
@@ -652,7 +662,8 @@ def instance_norm(call: Call) -> Value:
         return batch_norm(call)
     x = call.value("input")
     masked = _affine(call, [x.dims[1]])
-    return Value(list(x.dims), x.dirty if masked or call["weight"] is None else x.dirty | dirty_leaves(x.dims[1]))
+    dirty = x.dirty | _dirty_beside(call, [x.dims[0], *x.dims[2:]])
+    return Value(list(x.dims), dirty if masked or call["weight"] is None else dirty | dirty_leaves(x.dims[1]))
 
 
 @rule("softmax log_softmax softmin", "input dim")

@@ -66,10 +66,11 @@ def kind_of(axis: Axis, graph: AxisGraph) -> str:
 def places_of(axis: Axis, graph: AxisGraph) -> list[Place]:
     """Where the scores of an axis are multiplied, so that every path through the axis passes them once.
 
-    At its readers, along their input: the values of a head before the output projection, hidden units before the second
-    linear layer, the residual stream behind the norm in front of every layer that reads it. The dimension of queries and
-    keys has no reader with a weight, the logits sum over it; there the queries are multiplied where they are made, so that
-    the logits are linear in alpha. Where a packed projection makes the values with the same dimension, both are done.
+    At its readers, along their input: the values of a head before the output projection, hidden units before the
+    second linear layer, the residual stream behind the norm in front of every layer that reads it. The dimension of
+    queries and keys has no reader with a weight, the logits sum over it; there the first of the two (queries in most
+    models, keys in DETR) is multiplied where it is made, so that the logits are linear in alpha. Where a packed projection makes the values with the same
+    dimension, both are done.
 
     Returns:
         Empty for an axis that no layer reads or makes in a way that a score could multiply.

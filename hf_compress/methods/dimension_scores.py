@@ -1,9 +1,9 @@
 """Learnable scores on axes, multiplied into the weights that read them while a model runs.
 
 For every searched axis there is one vector alpha with one number per index. It acts on weights, not on activations:
-before a layer runs, its weight W is replaced by ``W * alpha`` along the axis's dimension, and afterwards the parameter
-is back. That is the same function as multiplying the layer's input, it costs as much as the weight is large (and not the
-batch), and folding changes nothing: the folded weight is the tensor that the layer computed with.
+before a layer runs, its weight W is replaced by ``W * alpha`` along the axis's dimension, and afterwards the
+parameter is back. That is the same function as multiplying the layer's input, it costs as much as the weight is large
+(and not the batch), and folding changes nothing: the folded weight is the tensor that the layer computed with.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .scales import _as, _local, _whole
 #: the submodule of the model that holds the scores while training
 NAME = "hf_compress_dimension_scores"
 # save_pretrained writes many models (ViT, Swin, BEiT, ...) under older parameter names, which Trainer does not translate
-# when it resumes or loads the best model: it then goes on with random weights (transformers 5.24, issue 48805). An empty
-# list of conversions keeps the names in checkpoints of a search as they are; from_pretrained reads both.
+# when it resumes or loads the best model: it then goes on with random weights (transformers 5.24, its issue 48805). An
+# empty list of conversions keeps the names in checkpoints of a search as they are; from_pretrained reads both.
 _CONVERSIONS = "_weight_conversions"
 
 

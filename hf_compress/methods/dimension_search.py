@@ -4,10 +4,10 @@ Learnable scores multiply every searched axis at one place, a sparsity penalty d
 ranking over all layers decides what goes. After Xue, Yang, Qi & Xin, "Searching Intrinsic Dimensions of Vision
 Transformers" (arXiv 2204.07722), of which only the abstract was available here: from it come the task (backbones of
 classifiers and detectors) and the budgets (20 % and 40 %). The rest is a reconstruction along the closest documented
-mechanism, ViT-Slim (Chavan et al. 2022, arXiv 2201.00814), with these differences: a proximal step gives exact zeros; where
-the target is a share, only the lowest scores are penalised (the trimmed l1 norm of Bertsimas, Copenhaver & Mazumder 2017,
-arXiv 1708.04527, and Yun et al. 2019, "Trimming the l1 Regularizer"); scores are folded into the weights instead of being
-rounded to one; no layer falls below a minimum; and scores see no weight decay.
+mechanism, ViT-Slim (Chavan et al. 2022, arXiv 2201.00814), with these differences: a proximal step gives exact zeros;
+where the target is a share, only the lowest scores are penalised (the trimmed l1 norm of Bertsimas, Copenhaver &
+Mazumder 2017, arXiv 1708.04527, and Yun et al. 2019, "Trimming the l1 Regularizer"); scores are folded into the
+weights instead of being rounded to one; no layer falls below a minimum; and scores see no weight decay.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class DimensionSearchCallback(AxisCallback):
     keys and values (timm), ``"qk"`` stands for all three, and alpha multiplies queries and values; the values are taken
     to come last in the projection.
 
-    After every optimizer step the proximal operator of the penalty is applied to alpha. When training ends, the scores
-    are folded into the weights, which keeps the function, and leave the model; the saved model is an ordinary one. Remove
-    and train on::
+    After every optimizer step the proximal operator of the penalty is applied to alpha. When training ends, the
+    scores are folded into the weights, which keeps the function, and leave the model; the saved model is an ordinary
+    one. Remove and train on::
 
         search = DimensionSearchCallback(target=0.4)
         Trainer(model, ..., callbacks=[search]).train()
@@ -76,12 +76,12 @@ class DimensionSearchCallback(AxisCallback):
     the search.
 
     Choosing the numbers. A score that the loss does not defend falls by ``lr * lr_factor * strength`` per step, so it
-    reaches zero only where the sum of that over the steps after the warm-up exceeds 1; logs show the share of zeros. With a
-    share as target only the lowest scores are penalised, those that :meth:`plan` would remove at that moment; the others
-    are free, so a high strength decides early and does no other harm, and at the end the removal itself changes nothing.
-    Otherwise all scores are penalised and ``strength`` decides how many vanish: Adam's own steps are at most about
-    ``lr * lr_factor``, so with it a score is defended where the mean of its gradient, over its root mean square, exceeds
-    ``strength``; try 0.05 to 0.5, and from 1 on everything falls.
+    reaches zero only where the sum of that over the steps after the warm-up exceeds 1; logs show the share of zeros.
+    With a share as target only the lowest scores are penalised, those that :meth:`plan` would remove at that moment;
+    the others are free, so a high strength decides early and does no other harm, and at the end the removal itself
+    changes nothing. Otherwise all scores are penalised and ``strength`` decides how many vanish: Adam's own steps are
+    at most about ``lr * lr_factor``, so with it a score is defended where the mean of its gradient, over its root
+    mean square, exceeds ``strength``; try 0.05 to 0.5, and from 1 on everything falls.
 
     Args:
         strength: weight of the penalty, at least 0; or kind -> weight.

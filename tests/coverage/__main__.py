@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from checks import Outcome, Row, architectures, run, start_worker
+from checks import Outcome, Row, architectures, run, start_worker  # noqa: E402
 
 SECTIONS = {
     "classification": "Image classification (transformers)",

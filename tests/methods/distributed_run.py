@@ -18,7 +18,7 @@ from hf_compress.methods import DimensionSearchCallback, NetworkSlimmingCallback
 METHODS = {
     "l1": lambda: NetworkSlimmingCallback("l1", 0.05, example_inputs=SCALED_INPUTS),
     "group": lambda: NetworkSlimmingCallback("l1", 0.05, grouping="axis", example_inputs=SCALED_INPUTS),
-    "search": lambda: DimensionSearchCallback(0.2, kinds="mlp", example_inputs=SCALED_INPUTS),
+    "search": lambda: DimensionSearchCallback(0.5, 0.4, 0, kinds="mlp", min_keep=1, example_inputs=SCALED_INPUTS),
     "proximal": lambda: ProximalSlimmingCallback(2.0, 1.0, example_inputs=SCALED_INPUTS),
 }
 

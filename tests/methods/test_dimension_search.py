@@ -25,6 +25,7 @@ from hf_compress.axes import find_axes
 from hf_compress.errors import BudgetError, MethodError, ModelError, NothingToShrinkError
 from hf_compress.methods import DimensionSearchCallback, NetworkSlimmingCallback
 from hf_compress.methods.dimension_kinds import kind_of, places_of
+from hf_compress.methods.dimension_plan import Lowest
 from hf_compress.methods.dimension_scores import NAME, DimensionScores, scores_in
 from hf_compress.surgery import Plan, shrink
 
@@ -320,7 +321,7 @@ def bare(model, callback, lr, momentum=0.0, optimizer=torch.optim.SGD):
 def test_undefended_scores_reach_zero_exactly_on_time(lr, strength, factor):
     model = scaled_classifier().double()
     inputs = {"pixel_values": SCALED_INPUTS["pixel_values"].double()}
-    callback = DimensionSearchCallback(strength, kinds="mlp", lr_factor=factor, example_inputs=inputs)
+    callback = DimensionSearchCallback(strength, warmup=0, kinds="mlp", lr_factor=factor, example_inputs=inputs)
     scores, step, _ = bare(model, callback, lr)
     fall = lr * factor * strength
     needed = math.ceil(1 / fall - 1e-9)
@@ -333,7 +334,7 @@ def test_undefended_scores_reach_zero_exactly_on_time(lr, strength, factor):
 
 def test_a_step_is_the_soft_threshold_of_the_optimizers_step():
     model = scaled_classifier()
-    callback = DimensionSearchCallback(0.3, kinds="mlp", lr_factor=2.0, example_inputs=SCALED_INPUTS)
+    callback = DimensionSearchCallback(0.3, warmup=0, kinds="mlp", lr_factor=2.0, example_inputs=SCALED_INPUTS)
     scores, step, _ = bare(model, callback, 0.1)
     step(gradient=-1.5)
     moved = 1 + 2.0 * 0.1 * 1.5
@@ -345,7 +346,9 @@ def test_a_step_is_the_soft_threshold_of_the_optimizers_step():
 )
 def test_nonconvex_penalties(penalty):
     model = scaled_classifier()
-    callback = DimensionSearchCallback(0.5, kinds="mlp", penalty=penalty, lr_factor=1.0, example_inputs=SCALED_INPUTS)
+    callback = DimensionSearchCallback(
+        0.5, warmup=0, kinds="mlp", penalty=penalty, lr_factor=1.0, example_inputs=SCALED_INPUTS
+    )
     scores, step, _ = bare(model, callback, 0.1)
     expected = callback.penalty_.proximal(torch.ones(24), 0.1, 0.5)
     step()
@@ -358,32 +361,58 @@ def test_nonconvex_penalties(penalty):
 
 def test_subgradient_leaves_small_scores():
     model = scaled_classifier()
-    callback = DimensionSearchCallback(
-        0.5, kinds="mlp", update="subgradient", penalty={"name": "lp", "p": 0.7}, lr_factor=1.0, example_inputs=SCALED_INPUTS
+    callback = DimensionSearchCallback(0.5, warmup=0, kinds="mlp", update="subgradient", penalty={"name": "lp", "p": 0.7}, lr_factor=1.0, example_inputs=SCALED_INPUTS
     )  # fmt: skip
     scores, step, _ = bare(model, callback, 0.1)
     step(gradient=0.25)
     torch.testing.assert_close(scores.norm[0].detach(), torch.full((24,), 1 - 0.1 * (0.5 * 0.7 + 0.25)))
 
 
-def test_a_share_is_not_overshot():
-    """The penalty of a kind rests while enough of it is zero."""
-    model = scaled_classifier()
+@pytest.mark.parametrize("update", ["proximal", "subgradient"])
+def test_only_the_share_that_goes_is_penalised(update):
+    """Trimmed l1: what the plan would remove falls, the rest stays where it is."""
+    model, inputs = built("vit")
     callback = DimensionSearchCallback(
-        1.0, target=0.25, kinds="mlp", min_keep=1, lr_factor=1.0, example_inputs=SCALED_INPUTS
-    )
-    scores, step, _ = bare(model, callback, 0.1)
-    set_scores(scores, {scores.names[0]: torch.linspace(0.05, 1, 24)})
-    for _ in range(50):
+        1.0, 0.5, 0, min_keep=2, lr_factor=1.0, update=update, example_inputs=inputs
+    )  # fmt: skip
+    scores, step, _ = bare(model, callback, 0.05)
+    generator = torch.Generator().manual_seed(0)
+    before = {name: 0.2 + torch.rand(scores.graph[name].size, generator=generator) for name in scores.names}
+    set_scores(scores, before)
+    masks = callback.plan(model).masks(scores.graph)
+    step()
+    for name, parameter in zip(scores.names, scores.norm, strict=True):
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.05 * ~masks[name])
+    for _ in range(30):
         step()
-    zeros = int((scores.norm[0] == 0).sum())
-    assert 6 <= zeros <= 9  # one step of 0.1 takes up to 3 of scores 0.041 apart
+    for name, parameter in zip(scores.names, scores.norm, strict=True):
+        assert torch.equal(parameter[masks[name]], before[name][masks[name]])
+        if update == "proximal":
+            assert torch.equal(parameter != 0, masks[name])
+    assert sum(int(mask.sum()) for mask in masks.values()) == 8 + 8 + 40
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "dinov2_swiglu", "detr"])
+@pytest.mark.parametrize("target", [0.3, {"mlp": 0.5, "heads": 0.4}])
+def test_the_mask_while_training_is_the_plan(family, target):
+    model, inputs = built(family)
+    callback, scores = searched(model, inputs, target=target, min_keep=2, kinds=("heads", "qk", "v", "mlp"))
+    if family == "vit" and target != 0.3:
+        callback.min_keep = {"mlp": 30}
+    random_scores(scores, levels=10**6)
+    floors = {name: callback._floor(name, scores.graph) for name in scores.names}
+    shares = callback._shares(scores.kinds)
+    lowest = Lowest(scores.graph, scores.names, floors, shares, torch.device("cpu"))
+    found = lowest(torch.cat([callback.scores(model)[name] for name in scores.names]))
+    masks = callback.plan(model).masks(scores.graph)
+    expected = [~masks.get(name, torch.ones(scores.graph[name].size, dtype=torch.bool)) for name in scores.names]
+    assert torch.equal(found, torch.cat(expected)) and found.any() and not found.all()
 
 
 def test_warmup_in_steps_and_as_a_share():
     for warmup, free in ((4, 4), (0.05, 5)):
         model = scaled_classifier()
-        callback = DimensionSearchCallback(0.1, kinds="mlp", warmup=warmup, example_inputs=SCALED_INPUTS)
+        callback = DimensionSearchCallback(0.1, warmup=warmup, kinds="mlp", example_inputs=SCALED_INPUTS)
         scores, step, _ = bare(model, callback, 0.1)
         for _ in range(free):
             step()
@@ -394,7 +423,7 @@ def test_warmup_in_steps_and_as_a_share():
 
 def test_strength_by_kind():
     model, inputs = built("vit")
-    callback = DimensionSearchCallback({"mlp": 0.5, "qk": 0.1}, lr_factor=1.0, example_inputs=inputs)
+    callback = DimensionSearchCallback({"mlp": 0.5, "qk": 0.1}, warmup=0, lr_factor=1.0, example_inputs=inputs)
     scores, step, _ = bare(model, callback, 0.1)
     step()
     for name, parameter in zip(scores.names, scores.norm, strict=True):
@@ -405,7 +434,7 @@ def test_strength_by_kind():
 def test_a_skipped_step_moves_nothing():
     """fp16 training whose gradients overflowed."""
     model = scaled_classifier()
-    callback = DimensionSearchCallback(0.5, kinds="mlp", example_inputs=SCALED_INPUTS)
+    callback = DimensionSearchCallback(0.5, warmup=0, kinds="mlp", example_inputs=SCALED_INPUTS)
     scores, step, hooks = bare(model, callback, 0.1)
     step()
     before = scores.norm[0].detach().clone()
