@@ -50,7 +50,7 @@ class HfCompressQuantizer(HfQuantizer):
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         return
 
-    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module | None = None) -> Any:
         return weight_conversions
 
     def is_serializable(self) -> bool:

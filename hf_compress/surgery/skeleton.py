@@ -512,10 +512,10 @@ def _apply_sizes(model: nn.Module, record: Record) -> None:
         tensor, shape = tensors[names[0]], new_shapes[names[0]]
         if tuple(tensor.shape) != shape:
             if isinstance(tensor, nn.Parameter):
-                new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+                resized_tensor = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
             else:  # one that checkpoints leave out repeats its values along what was removed
-                new = tensor[tuple(map(slice, shape))].clone()
-            replace_tensor(modules, names, new)
+                resized_tensor = tensor[tuple(map(slice, shape))].clone()
+            replace_tensor(modules, names, resized_tensor)
     for path in record.biases:
         weight = modules[path].weight
         bias = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)

@@ -44,7 +44,10 @@ def detr():
     return perturb(transformers.DetrForObjectDetection(config)), torch.randn(2, 3, 64, 64)
 
 
-BUILDERS = {**FAMILIES, **{n: MORE_FAMILIES[n] for n in ("deit", "dinov2_swiglu", "beit", "swinv2")}, "detr": detr}
+_SLOW = ("mobilenet_v2", "regnet_x", "regnet_y", "timm_resnet", "resnet_bottleneck")  # nothing that others lack
+BUILDERS = {name: build for name, build in FAMILIES.items() if name not in _SLOW}
+BUILDERS |= {name: MORE_FAMILIES[name] for name in ("deit", "dinov2_swiglu", "beit", "swinv2")}
+BUILDERS["detr"] = detr
 
 
 def built(family, dtype=torch.float32):
@@ -134,7 +137,7 @@ def test_kinds_of_transformers(family):
 
 
 def test_kinds_of_convolutional_networks():
-    for family in ("resnet_basic", "resnet_bottleneck", "plain_cnn"):
+    for family in ("resnet_basic", "plain_cnn", "plain_dense"):
         _, scores = searched(*built(family), kinds="channels")
         assert set(scores.kinds.values()) == {"channels"} and len(scores.names) == len(scores.graph)
 
@@ -396,9 +399,8 @@ def test_only_the_share_that_goes_is_penalised(update):
 @pytest.mark.parametrize("target", [0.3, {"mlp": 0.5, "heads": 0.4}])
 def test_the_mask_while_training_is_the_plan(family, target):
     model, inputs = built(family)
-    callback, scores = searched(model, inputs, target=target, min_keep=2, kinds=("heads", "qk", "v", "mlp"))
-    if family == "vit" and target != 0.3:
-        callback.min_keep = {"mlp": 30}
+    floors = {"qk": 2, "v": 2, "mlp": 18 if family == "vit" else 2}
+    callback, scores = searched(model, inputs, target=target, min_keep=floors, kinds=("heads", "qk", "v", "mlp"))
     random_scores(scores, levels=10**6)
     floors = {name: callback._floor(name, scores.graph) for name in scores.names}
     shares = callback._shares(scores.kinds)
@@ -572,7 +574,7 @@ def test_a_checkpoint_without_scores_is_noticed(tmp_path, caplog):
     try:
         model, inputs = built("timm_vit")
         callback = DimensionSearchCallback(kinds="mlp", example_inputs=inputs)
-        trainer = make_trainer(model, [callback], tmp_path, **options)
+        trainer = make_trainer(model, [callback], tmp_path, **{**options, "save_strategy": "no"})
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     finally:
         transformers.utils.logging.disable_propagation()
