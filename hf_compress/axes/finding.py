@@ -522,22 +522,22 @@ def _without_each(monomial: tuple[Index, ...], divisor: tuple[Index, ...]) -> tu
     return tuple(rest)
 
 
-def _keep_unread(tracer: Tracer) -> None:
+def _keep_unread(tracer: Tracer, groups: list[set[Index]]) -> None:
     """What no operator read keeps its shape, unless an attribute ties it to what one did."""
-    unread = tracer.unread()
-    names = {name for name, _ in unread}
-    read = {
-        leaf for name, value in tracer.parameters.items() if name not in names for d in value.dims for leaf in leaves(d)
-    }
-    for _, value in unread:
-        for leaf in {leaf for dim in value.dims for leaf in leaves(dim)} - read:
-            freeze(leaf, "parameter that the forward pass does not read")
+    unread, read = set[Index](), set[Index]()
+    for value in tracer.parameters.values():
+        (read if value.readers else unread).update(leaf for dim in value.dims for leaf in leaves(dim))
+    for group in groups:
+        if group & read:
+            read |= group
+    for leaf in unread - read:
+        freeze(leaf, "parameter that the forward pass does not read")
 
 
 def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
     ties = _Ties(model, tracer)
     ties.collect()
-    _keep_unread(tracer)
+    _keep_unread(tracer, ties.size_groups())
     for summed, dirty in tracer.zero_checks:
         for leaf in set.intersection(*(overlaps(item, summed) for item in dirty)):
             leaf.flags |= {"offset"}
