@@ -70,7 +70,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-def seconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds(function: Callable[[], Any], clock: Callable[[], float]) -> float:
     start = clock()
     function()
     return clock() - start
@@ -93,12 +93,13 @@ def ratios(
     return {name: statistics.median(values) for name, values in pairs.items()}, 1e3 * statistics.median(dense)
 
 
-def torch_pruning_graph(model: nn.Module, image: Tensor) -> float | str:
+def torch_pruning_graph(model: nn.Module, image: Tensor, clock: Callable[[], float]) -> float | str:
     """Seconds that torch-pruning needs for its graph, or why it has none."""
     import torch_pruning
 
     try:
-        return seconds(lambda: torch_pruning.DependencyGraph().build_dependency(model, image, output_transform=logits))
+        build = torch_pruning.DependencyGraph().build_dependency
+        return seconds(lambda: build(model, image, output_transform=logits), clock)
     except Exception as error:  # its failures have no common class
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
@@ -128,9 +129,9 @@ def run(name: str, rounds: int, threads: int) -> dict[str, Any]:
     axes = find_axes(model, image)
     finding: dict[str, list[Any]] = {"forward_s": [], "find_axes_s": [], "torch_pruning_graph_s": []}
     for _ in range(repeats):
-        finding["forward_s"].append(seconds(forward))
-        finding["find_axes_s"].append(seconds(lambda: find_axes(model, image)))
-        finding["torch_pruning_graph_s"].append(torch_pruning_graph(copy.deepcopy(model), image))
+        finding["forward_s"].append(seconds(forward, clock))
+        finding["find_axes_s"].append(seconds(lambda: find_axes(model, image), clock))
+        finding["torch_pruning_graph_s"].append(torch_pruning_graph(copy.deepcopy(model), image, clock))
     result: dict[str, Any] = {
         "image": size,
         "threads": threads,
@@ -140,32 +141,32 @@ def run(name: str, rounds: int, threads: int) -> dict[str, Any]:
             for key, values in finding.items()
         },
     }
-    start = time.perf_counter()
+    start = clock()
     table = LatencyTable.for_model(model, axes, image)
-    result["table_s"] = time.perf_counter() - start
-    result["table_again_s"] = seconds(lambda: LatencyTable.for_model(model, axes, image))
+    result["table_s"] = clock() - start
+    result["table_again_s"] = seconds(lambda: LatencyTable.for_model(model, axes, image), clock)
     result["timed_share"] = table.timed_share
     result["lowest_macs"] = prunable_share(axes)
     halved = {axis.name: max(axis.size // 2, 1) for axis in axes}
-    result["predict_us"] = 1e6 * statistics.median(seconds(lambda: table.predict(halved)) for _ in range(51))
-    result["cost_us"] = 1e6 * statistics.median(seconds(lambda: axes.cost(halved)) for _ in range(51))
+    result["predict_us"] = 1e6 * statistics.median(seconds(lambda: table.predict(halved), clock) for _ in range(51))
+    result["cost_us"] = 1e6 * statistics.median(seconds(lambda: axes.cost(halved), clock) for _ in range(51))
 
     scores = magnitude_scores(model, axes)
     models: dict[str, nn.Module] = {"dense": model}
     variants: dict[str, dict[str, Any]] = {}
     for variant, budget in VARIANTS.items():
         small = copy.deepcopy(model)
-        start = time.perf_counter()
+        start = clock()
         try:
             plan = select(axes, scores, inexact=True, **budget(table))
         except HfCompressError as error:
             variants[variant] = {"error": str(error)}
             continue
-        chosen = time.perf_counter()
+        chosen = clock()
         models[variant] = shrink(small, plan, axes=axes)
         variants[variant] = {
             "select_s": chosen - start,
-            "shrink_s": time.perf_counter() - chosen,
+            "shrink_s": clock() - chosen,
             "macs_ratio": axes.cost(plan).macs / axes.macs,
             "predicted_ratio": table.predict(plan) / table.dense_ms,
         }
