@@ -448,13 +448,25 @@ def _matmul(call: Call, first: Tensor, second: Tensor) -> Value:
     return Value(dims, _dirty_after_product(kept_a, kept_b, shared))
 
 
+def _explicit(equation: str, ranks: list[int]) -> tuple[str, str]:
+    """The two sides of an einsum equation, with a letter for each dimension: none implied, no ellipsis."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    if not arrow:
+        plain = left.replace(".", "").replace(",", "")
+        right = "..." * ("..." in left) + "".join(letter for letter in sorted(set(plain)) if plain.count(letter) == 1)
+    terms = left.split(",")
+    covered = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+    unused = [chr(code) for code in range(0x3B1, 0x3B1 + max(covered, default=0))]  # Greek: no equation holds them
+    terms = [
+        term.replace("...", "".join(unused[len(unused) - count :])) for term, count in zip(terms, covered, strict=True)
+    ]
+    return ",".join(terms), right.replace("...", "".join(unused))
+
+
 @rule("einsum", "equation *operands")
 def einsum(call: Call) -> Value:
-    equation = call["equation"].replace(" ", "")
     operands = [call.tracer.value(tensor) for tensor in call["operands"]]
-    if "..." in equation or "->" not in equation:
-        raise NoRule("an implicit einsum")
-    left, right = equation.split("->")
+    left, right = _explicit(call["equation"], [len(value.dims) for value in operands])
     letters: dict[str, Index] = {}
     for term, value in zip(left.split(","), operands, strict=True):
         for letter, dim in zip(term, value.dims, strict=True):
@@ -654,6 +666,20 @@ def group_norm(call: Call) -> Value:
         call.tracer.tie(call["num_groups"], group)
     dirty = x.dirty | _dirty_beside(call, [dim for dim in x.dims if dim is not channel])
     return Value(list(x.dims), dirty if masked else dirty | dirty_leaves(channel))
+
+
+@rule("weight_norm", "v g dim")
+def weight_norm(call: Call) -> Value:
+    """``g * v / ||v||`` for each index of ``dim``; ``g`` makes the values, for a direction without a length is none."""
+    v, g = call.value("v"), call.value("g")
+    position = (0 if call["dim"] is None else call["dim"]) % len(v.dims)
+    for place, dim in enumerate(v.dims):
+        if place == position:
+            unify(g.dims[place], dim)
+            call.tracer.consume(call["v"], place)
+        else:
+            flag(dim, "statistics")
+    return Value(list(v.dims), g.dirty)
 
 
 @rule("instance_norm", "input running_mean running_var weight bias use_input_stats momentum eps")

@@ -285,13 +285,13 @@ def test_random_mutations_of_removed_blocks_end_well(shorter: Any) -> None:
     config, kind, record = shorter
     draw = random.Random(1)
     refused = 0
-    for _ in range(80):
+    for _ in range(50):
         changed = copy.deepcopy(record)
         _mutate(changed["removed"], draw)
         for _ in range(draw.randint(0, 2)):
             _mutate(changed, draw)
         refused += bool(try_record(config, kind, changed))
-    assert 40 < refused
+    assert refused > 25
 
 
 def test_random_mutations_end_well(honest: Any) -> None:

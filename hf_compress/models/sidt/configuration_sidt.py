@@ -98,7 +98,7 @@ def _backbone_config(received: Any) -> PreTrainedConfig:
                 "configuration, such as PrunedViTConfig, SwinConfig, Dinov2Config or TimmBackboneConfig."
             )
         config = CONFIG_MAPPING[kind].from_dict(received)
-    if not hasattr(config, "out_features"):
+    if not hasattr(config, "out_indices"):
         raise ModelError(
             f"SidtConfig: backbone_config is a {type(config).__name__}, which is no backbone's configuration. Possible: "
             "those of AutoBackbone, such as PrunedViTConfig, SwinConfig, Dinov2Config, VitDetConfig, TimmBackboneConfig."
