@@ -382,6 +382,7 @@ class _OneOutput(nn.Module):
         super().__init__()
         self.model = model
         self.main = next(iter(inputs))
+        self.dtype = inputs[self.main].dtype  # exported models take floats, and some of these want token numbers
         for name, value in inputs.items():
             if name != self.main:
                 self.register_buffer(f"input_{name}", value[:1].clone(), persistent=False)
@@ -392,7 +393,7 @@ class _OneOutput(nn.Module):
         for name in self.further:
             value = getattr(self, f"input_{name}")
             further[name] = value.expand(x.shape[0], *value.shape[1:])
-        outputs = tensors_of(self.model(**{self.main: x}, **further))
+        outputs = tensors_of(self.model(**{self.main: x.to(self.dtype)}, **further))
         return torch.cat([t.flatten(1) for t in outputs if t.is_floating_point() and t.dim() > 1], dim=1)
 
 
@@ -408,7 +409,7 @@ def _exports(model: nn.Module, small: nn.Module, inputs: dict[str, Tensor]) -> t
 def _export(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         wrapped = _OneOutput(copy.deepcopy(model).eval(), inputs).eval()
-        example = next(iter(inputs.values()))
+        example = next(iter(inputs.values())).float()
         # float32 sums in another order, on values that random networks let grow
         scale = max([1.0, *(float(t[t.isfinite()].abs().max()) for t in [wrapped(example)] if t.numel())])
         try:

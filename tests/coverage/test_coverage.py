@@ -19,6 +19,7 @@ CASES = [
     pytest.param(name, build, getattr(module, "WITHOUT", {}).get(name, set()), id=f"{module.__name__}-{name}")
     for module in MODULES
     for name, build in module.ARCHITECTURES.items()
+    if name not in getattr(module, "SLOW", ())
 ]
 
 

@@ -83,7 +83,10 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
         "resnext50_32x4d", layers=_DEPTHS, channels=[16, 16, 32, 32], cardinality=4, base_width=16, stem_width=8
     ),
     "resnetv2": timm_model("resnetv2_50", layers=_DEPTHS, channels=[32, 32, 64, 64], stem_chs=8),
-    "resnetv2_bit": timm_class("resnetv2.ResNetV2", layers=_DEPTHS, channels=[32, 32, 64, 64], stem_type="fixed", conv_layer=partial(layers.StdConv2d, eps=1e-8), norm_layer=partial(layers.GroupNormAct, num_groups=4)),
+    "resnetv2_bit": timm_class(
+        "resnetv2.ResNetV2", layers=_DEPTHS, channels=[32, 32, 64, 64], stem_type="fixed",
+        conv_layer=partial(layers.StdConv2d, eps=1e-8), norm_layer=partial(layers.GroupNormAct, num_groups=4),
+    ),
     "seresnet18": timm_model("seresnet18", channels=[8, 8, 16, 16], stem_width=8),
     "ecaresnet26t": timm_model("ecaresnet26t", layers=_DEPTHS, channels=[8, 8, 16, 16], stem_width=8),
     "skresnet18": timm_model("skresnet18", layers=_DEPTHS, channels=[8, 8, 16, 16], stem_width=8),
@@ -121,18 +124,35 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "pnasnet": timm_model("pnasnet5large", 64),
     "legacy_xception": timm_model("legacy_xception"),
     "xception41": timm_model("xception41"),
-    "cspdarknet53": timm_class("cspnet.CspNet", cfg=CspModelCfg(stem=CspStemCfg(out_chs=8, kernel_size=3), stages=CspStagesCfg(depth=(2, 2), out_chs=(16, 32), expand_ratio=(2.0, 1.0), bottle_ratio=(0.5, 1.0), block_ratio=(1.0, 0.5), down_growth=True, block_type="dark"))),
-    "cspresnet50": timm_class("cspnet.CspNet", cfg=CspModelCfg(stem=CspStemCfg(out_chs=8, kernel_size=3), stages=CspStagesCfg(depth=(2, 2), out_chs=(16, 32), expand_ratio=2.0, bottle_ratio=0.5, cross_linear=True))),
-    "cs3darknet": timm_class("cspnet.CspNet", cfg=CspModelCfg(stem=CspStemCfg(out_chs=8, kernel_size=3), stages=CspStagesCfg(depth=(2, 2), out_chs=(16, 32), bottle_ratio=1.0, block_ratio=0.5, stage_type="cs3", block_type="bottle"))),
+    "cspdarknet53": timm_class(
+        "cspnet.CspNet", cfg=CspModelCfg(stem=CspStemCfg(out_chs=8, kernel_size=3), stages=CspStagesCfg(depth=(2, 2),
+        out_chs=(16, 32), expand_ratio=(2.0, 1.0), bottle_ratio=(0.5, 1.0), block_ratio=(1.0, 0.5), down_growth=True,
+        block_type="dark")),
+    ),
+    "cspresnet50": timm_class(
+        "cspnet.CspNet", cfg=CspModelCfg(stem=CspStemCfg(out_chs=8, kernel_size=3), stages=CspStagesCfg(depth=(2, 2),
+        out_chs=(16, 32), expand_ratio=2.0, bottle_ratio=0.5, cross_linear=True)),
+    ),
+    "cs3darknet": timm_class(
+        "cspnet.CspNet", cfg=CspModelCfg(stem=CspStemCfg(out_chs=8, kernel_size=3), stages=CspStagesCfg(depth=(2, 2),
+        out_chs=(16, 32), bottle_ratio=1.0, block_ratio=0.5, stage_type="cs3", block_type="bottle")),
+    ),
     "cspnext": timm_model("cspnext_tiny"),
-    "vgg11_bn": timm_class("vgg.VGG", 32, cfg=[8, "M", 16, "M", 16, 16, "M", 24, 24, "M"], mlp_ratio=0.01, norm_layer=nn.BatchNorm2d),
+    "vgg11_bn": timm_class(
+        "vgg.VGG", 32, cfg=[8, "M", 16, "M", 16, 16, "M", 24, 24, "M"], mlp_ratio=0.01, norm_layer=nn.BatchNorm2d,
+    ),
     "nfnet_l0": timm_model("nfnet_l0", width_factor=0.125, group_size=8, depths=_DEPTHS),
-    "darknet": timm_class("cspnet.CspNet", cfg=CspModelCfg(stem=CspStemCfg(out_chs=8, kernel_size=3), stages=CspStagesCfg(depth=(2, 2), out_chs=(16, 32), bottle_ratio=0.5, block_ratio=1.0, avg_down=True, stage_type="dark", block_type="dark"))),
+    "darknet": timm_class(
+        "cspnet.CspNet", cfg=CspModelCfg(stem=CspStemCfg(out_chs=8, kernel_size=3), stages=CspStagesCfg(depth=(2, 2),
+        out_chs=(16, 32), bottle_ratio=0.5, block_ratio=1.0, avg_down=True, stage_type="dark", block_type="dark")),
+    ),
     # mobile networks
     "mobilenetv3_small": timm_model("mobilenetv3_small_050", 32),
     "mobilenetv4_conv_small": timm_model("mobilenetv4_conv_small_050"),
     "mobilenetv4_hybrid": timm_model("mobilenetv4_hybrid_medium"),
-    "mobilenetv5": plain(lambda: mobilenetv5._gen_mobilenet_v5("mobilenetv5_base", channel_multiplier=0.125, num_classes=7), 64),
+    "mobilenetv5": plain(
+        lambda: mobilenetv5._gen_mobilenet_v5("mobilenetv5_base", channel_multiplier=0.125, num_classes=7), 64,
+    ),
     "efficientnet": timm_model("test_efficientnet"),
     "efficientnet_b0": timm_model("efficientnet_b0", 32),
     "efficientnet_gn": timm_model("test_efficientnet_gn"),
@@ -174,8 +194,15 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "convnext": timm_model("convnext_atto", 32, dims=_DIMS, depths=_DEPTHS),
     "convnextv2": timm_model("convnextv2_atto", 32, dims=_DIMS, depths=_DEPTHS),
     "convmixer": timm_class("convmixer.ConvMixer", 32, dim=16, depth=2),
-    "poolformerv2": timm_class("metaformer.MetaFormer", depths=_DEPTHS, dims=_DIMS, norm_layers=metaformer.GroupNorm1NoBias, use_mlp_head=False),
-    "caformer": timm_class("metaformer.MetaFormer", depths=_DEPTHS, dims=[32, 32, 64, 64], token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2, norm_layers=[metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2),
+    "poolformerv2": timm_class(
+        "metaformer.MetaFormer", depths=_DEPTHS, dims=_DIMS, norm_layers=metaformer.GroupNorm1NoBias,
+        use_mlp_head=False,
+    ),
+    "caformer": timm_class(
+        "metaformer.MetaFormer", depths=_DEPTHS, dims=[32, 32, 64, 64],
+        token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2,
+        norm_layers=[metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
+    ),
     "convformer": timm_class("metaformer.MetaFormer", depths=_DEPTHS, dims=_DIMS, token_mixers=metaformer.SepConv),
     "inception_next": timm_model("inception_next_tiny", depths=_DEPTHS, dims=[16, 16, 24, 32]),
     "focalnet": timm_class("focalnet.FocalNet", 64, embed_dim=8, depths=_DEPTHS),
@@ -217,21 +244,46 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "convit": timm_model("convit_tiny", 64, img_size=64, embed_dim=24, depth=2, num_heads=3, local_up_to_layer=1),
     "cait": timm_model("cait_xxs24_224", **{**_VIT, "depth_token_only": 1}),
     "xcit": timm_model("xcit_nano_12_p16_224", **_VIT),
-    "coat": timm_class("coat.CoaT", img_size=64, patch_size=4, embed_dims=[64, 64, 64, 64], serial_depths=_DEPTHS, parallel_depth=1, num_heads=8),
-    "coat_lite": timm_class("coat.CoaT", img_size=64, patch_size=4, embed_dims=[64, 64, 64, 64], serial_depths=_DEPTHS, parallel_depth=0, num_heads=8),
-    "twins_svt": timm_model("twins_svt_small", 64, img_size=64, embed_dims=[8, 16, 24, 32], depths=_DEPTHS, num_heads=[1, 2, 2, 4]),
-    "twins_pcpvt": timm_model("twins_pcpvt_small", 64, img_size=64, embed_dims=[8, 16, 24, 32], depths=_DEPTHS, num_heads=[1, 2, 2, 4]),
+    "coat": timm_class(
+        "coat.CoaT", img_size=64, patch_size=4, embed_dims=[64, 64, 64, 64], serial_depths=_DEPTHS, parallel_depth=1,
+        num_heads=8,
+    ),
+    "coat_lite": timm_class(
+        "coat.CoaT", img_size=64, patch_size=4, embed_dims=[64, 64, 64, 64], serial_depths=_DEPTHS, parallel_depth=0,
+        num_heads=8,
+    ),
+    "twins_svt": timm_model(
+        "twins_svt_small", 64, img_size=64, embed_dims=[8, 16, 24, 32], depths=_DEPTHS, num_heads=[1, 2, 2, 4],
+    ),
+    "twins_pcpvt": timm_model(
+        "twins_pcpvt_small", 64, img_size=64, embed_dims=[8, 16, 24, 32], depths=_DEPTHS, num_heads=[1, 2, 2, 4],
+    ),
     "pit": timm_model("pit_ti_224", 64, img_size=64, base_dims=[8, 8, 8], depth=_DEPTHS[:3], heads=[2, 2, 2]),
     "crossvit": timm_model("crossvit_tiny_240", 240, embed_dim=[16, 24], num_heads=[2, 2], depth=[[1, 1, 0]]),
-    "tnt": timm_model("tnt_s_patch16_224", 64, img_size=64, embed_dim=24, inner_dim=8, depth=2, num_heads_inner=2, num_heads_outer=3),
-    "volo": timm_class("volo.VOLO", layers=[1, 1], embed_dims=[24, 32], num_heads=[2, 4], img_size=64, downsamples=(True, False), outlook_attention=(True, False), stem_hidden_dim=8),
-    "levit": timm_model("levit_128s", 64, img_size=64, embed_dim=[16, 24, 32], key_dim=8, num_heads=[2, 3, 4], depth=[1, 1, 1]),
-    "levit_conv": timm_model("levit_conv_128s", 64, img_size=64, embed_dim=[16, 24, 32], key_dim=8, num_heads=[2, 3, 4], depth=[1, 1, 1]),
+    "tnt": timm_model(
+        "tnt_s_patch16_224", 64, img_size=64, embed_dim=24, inner_dim=8, depth=2, num_heads_inner=2, num_heads_outer=3,
+    ),
+    "volo": timm_class(
+        "volo.VOLO", layers=[1, 1], embed_dims=[24, 32], num_heads=[2, 4], img_size=64, downsamples=(True, False),
+        outlook_attention=(True, False), stem_hidden_dim=8,
+    ),
+    "levit": timm_model(
+        "levit_128s", 64, img_size=64, embed_dim=[16, 24, 32], key_dim=8, num_heads=[2, 3, 4], depth=[1, 1, 1],
+    ),
+    "levit_conv": timm_model(
+        "levit_conv_128s", 64, img_size=64, embed_dim=[16, 24, 32], key_dim=8, num_heads=[2, 3, 4], depth=[1, 1, 1],
+    ),
     "visformer": timm_model("visformer_tiny", 64, img_size=64, embed_dim=24, init_channels=8, depth=[1, 1, 1]),
-    "tiny_vit": timm_model("tiny_vit_5m_224", 64, embed_dims=[16, 24, 32, 40], depths=_DEPTHS, num_heads=[2, 2, 2, 2], window_sizes=[4, 4, 4, 2]),
+    "tiny_vit": timm_model(
+        "tiny_vit_5m_224", 64, embed_dims=[16, 24, 32, 40], depths=_DEPTHS, num_heads=[2, 2, 2, 2],
+        window_sizes=[4, 4, 4, 2],
+    ),
     "davit": timm_model("davit_tiny", 64, embed_dims=[16, 16, 32, 32], depths=_DEPTHS, num_heads=[2, 2, 2, 2]),
     "gcvit": timm_class("gcvit.GlobalContextVit", img_size=64, embed_dim=16, depths=_DEPTHS, num_heads=(2, 2, 2, 2)),
-    "mvitv2": timm_class("mvitv2.MultiScaleVit", cfg=MultiScaleVitCfg(depths=(1, 1, 1), embed_dim=16, stride_q=((1, 1), (2, 2), (2, 2))), img_size=(64, 64)),
+    "mvitv2": timm_class(
+        "mvitv2.MultiScaleVit",
+        cfg=MultiScaleVitCfg(depths=(1, 1, 1), embed_dim=16, stride_q=((1, 1), (2, 2), (2, 2))), img_size=(64, 64),
+    ),
     "pvt_v2": timm_model("pvt_v2_b0", 64, embed_dims=[8, 16, 24, 32], depths=_DEPTHS, num_heads=[1, 2, 2, 4]),
     "hiera": timm_model("hiera_tiny_224", 64, img_size=64, embed_dim=16, stages=_DEPTHS),
     "hieradet": timm_model("sam2_hiera_tiny", 256, embed_dim=16, stages=[1, 2, 2, 1], global_att_blocks=[4]),
@@ -239,7 +291,9 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "swinv2": timm_model("swinv2_tiny_window8_256", 64, img_size=64, depths=[2, 1], embed_dim=12, num_heads=[2, 3]),
     "swinv2_cr": timm_model("swinv2_cr_tiny_224", 64, img_size=64, depths=[2, 1], embed_dim=12, num_heads=[2, 3]),
     "swiftformer": timm_model("swiftformer_xs", 64, embed_dims=_DIMS, layers=_DEPTHS),
-    "sequencer2d": timm_model("sequencer2d_s", 56, img_size=56, embed_dims=[8, 16, 16, 16], layers=_DEPTHS, hidden_sizes=[4, 4, 4, 4]),
+    "sequencer2d": timm_model(
+        "sequencer2d_s", 56, img_size=56, embed_dims=[8, 16, 16, 16], layers=_DEPTHS, hidden_sizes=[4, 4, 4, 4],
+    ),
     "vitamin": timm_model("vitamin_small_224", 64, img_size=64),
     "maxvit": timm_model("maxvit_tiny_tf_224", img_size=64, embed_dim=[32, 32, 32, 32], depths=_DEPTHS, stem_width=16),
     "maxvit_rmlp": timm_model("maxvit_rmlp_pico_rw_256", 64, img_size=64, depths=_DEPTHS),
@@ -252,19 +306,54 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "efficientformerv2": timm_model("efficientformerv2_s0", 64, img_size=64, embed_dims=_DIMS, depths=_DEPTHS),
     # multilayer perceptrons
     "mixer": timm_class("mlp_mixer.MlpMixer", img_size=64, embed_dim=24, num_blocks=2),
-    "gmixer": timm_class("mlp_mixer.MlpMixer", img_size=64, embed_dim=24, num_blocks=2, mlp_ratio=(1.0, 4.0), mlp_layer=layers.GluMlp, act_layer=nn.SiLU),
-    "resmlp": timm_class("mlp_mixer.MlpMixer", img_size=64, embed_dim=24, num_blocks=2, mlp_ratio=4, block_layer=mlp_mixer.ResBlock, norm_layer=mlp_mixer.Affine),
-    "gmlp": timm_class("mlp_mixer.MlpMixer", img_size=64, embed_dim=24, num_blocks=2, mlp_ratio=6, block_layer=mlp_mixer.SpatialGatingBlock, mlp_layer=layers.GatedMlp),
+    "gmixer": timm_class(
+        "mlp_mixer.MlpMixer", img_size=64, embed_dim=24, num_blocks=2, mlp_ratio=(1.0, 4.0), mlp_layer=layers.GluMlp,
+        act_layer=nn.SiLU,
+    ),
+    "resmlp": timm_class(
+        "mlp_mixer.MlpMixer", img_size=64, embed_dim=24, num_blocks=2, mlp_ratio=4, block_layer=mlp_mixer.ResBlock,
+        norm_layer=mlp_mixer.Affine,
+    ),
+    "gmlp": timm_class(
+        "mlp_mixer.MlpMixer", img_size=64, embed_dim=24, num_blocks=2, mlp_ratio=6,
+        block_layer=mlp_mixer.SpatialGatingBlock, mlp_layer=layers.GatedMlp,
+    ),
     # torchvision
     "tv_shufflenet": torchvision_model("shufflenet_v2_x0_5"),
     "tv_googlenet": torchvision_model("googlenet"),
     "tv_mnasnet": torchvision_model("mnasnet0_5", 32),
     "tv_squeezenet": torchvision_model("squeezenet1_1"),
     "tv_regnet": torchvision_model("regnet_y_400mf", 32),
-    "tv_vit": torchvision_class("VisionTransformer", image_size=64, patch_size=16, num_layers=2, num_heads=3, hidden_dim=24, mlp_dim=40),
-    "tv_swin_v2": torchvision_class("SwinTransformer", patch_size=[4, 4], embed_dim=12, depths=[2, 1], num_heads=[2, 3], window_size=[4, 4], block=torchvision.models.swin_transformer.SwinTransformerBlockV2, downsample_layer=torchvision.models.swin_transformer.PatchMergingV2),
-    "tv_maxvit": torchvision_class("MaxVit", input_size=(64, 64), stem_channels=8, partition_size=2, block_channels=[8, 16], block_layers=[1, 1], head_dim=4, stochastic_depth_prob=0.0),
+    "tv_vit": torchvision_class(
+        "VisionTransformer", image_size=64, patch_size=16, num_layers=2, num_heads=3, hidden_dim=24, mlp_dim=40,
+    ),
+    "tv_swin_v2": torchvision_class(
+        "SwinTransformer", patch_size=[4, 4], embed_dim=12, depths=[2, 1], num_heads=[2, 3], window_size=[4, 4],
+        block=torchvision.models.swin_transformer.SwinTransformerBlockV2,
+        downsample_layer=torchvision.models.swin_transformer.PatchMergingV2,
+    ),
+    "tv_maxvit": torchvision_class(
+        "MaxVit", input_size=(64, 64), stem_channels=8, partition_size=2, block_channels=[8, 16], block_layers=[1, 1],
+        head_dim=4, stochastic_depth_prob=0.0,
+    ),
     "tv_efficientnet": torchvision_model("efficientnet_v2_s", 32),
-    "tv_resnet": torchvision_class("ResNet", block=torchvision.models.resnet.Bottleneck, layers=[1, 1, 1, 1], groups=2, width_per_group=8),
-    "tv_convnext": torchvision_class("ConvNeXt", block_setting=[CNBlockConfig(8, 16, 1), CNBlockConfig(16, 24, 1), CNBlockConfig(24, None, 2)]),
+    "tv_resnet": torchvision_class(
+        "ResNet", block=torchvision.models.resnet.Bottleneck, layers=[1, 1, 1, 1], groups=2, width_per_group=8,
+    ),
+    "tv_convnext": torchvision_class(
+        "ConvNeXt", block_setting=[CNBlockConfig(8, 16, 1), CNBlockConfig(16, 24, 1), CNBlockConfig(24, None, 2)],
+    ),
 }  # fmt: skip
+
+SLOW = set(
+    """
+    pnasnet inception_resnet_v2 inception_v4 nasnet ghostnetv3 bat_resnext26ts xception41 mobileone mobilenetv4_hybrid
+    selecsls42b inception_v3 legacy_xception tv_efficientnet mobilenetv5 hrnet regnetz cspnext efficientnet_b0 fbnetv3 vitamin
+    rexnet ghostnetv2 legacy_senet efficientnetv2 hgnet lowformer shvit nextvit repghostnet tv_regnet dla46x_c iformer
+    semnasnet hardcorenas_a mnasnet efficientvim hgnetv2
+    """.split()
+)
+"""The slowest ones: checked by the command that writes the table, not in the test suite."""
+
+WITHOUT = dict.fromkeys(("convnextv2", "poolformerv2", "gmlp"), {"masked"})
+"""Checks that do not apply: these have no exact axis (a mean over channels, a shift behind every activation)."""
