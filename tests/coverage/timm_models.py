@@ -355,5 +355,5 @@ SLOW = set(
 )
 """The slowest ones: checked by the command that writes the table, not in the test suite."""
 
-WITHOUT = dict.fromkeys(("convnextv2", "poolformerv2", "gmlp"), {"masked"})
+WITHOUT = {key: {"masked"} for key in ("convnextv2", "poolformerv2", "gmlp")}
 """Checks that do not apply: these have no exact axis (a mean over channels, a shift behind every activation)."""

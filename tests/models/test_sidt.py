@@ -247,6 +247,7 @@ def test_first_scores_are_the_prior_and_first_boxes_have_an_extent() -> None:
     torch.manual_seed(0)
     model = SidtForObjectDetection(configuration(prior_probability=0.02))
     assert torch.allclose(model.head.classification.cls_logits.bias.sigmoid(), torch.tensor(0.02))
+    model.set_attn_implementation("eager")  # of the backbone: the others give no attention weights
     output = model.eval()(images(SIZE), output_hidden_states=True, output_attentions=True)
     assert abs(float(output.logits.sigmoid().pow(2).mean()) / 0.01 - 1) < 0.3  # sqrt(0.02 x 0.5), squared
     assert bool((output.pred_boxes[..., 2:] > 0).all())
@@ -269,10 +270,11 @@ def test_the_forward_pass_can_be_exported(tmp_path: Path) -> None:
     exported = torch.export.export(model, (images(SIZE),), strict=False).module()
     with torch.no_grad():
         expected = model(images(SIZE))
-    assert torch.equal(exported(images(SIZE)).pred_boxes, expected.pred_boxes)
-    run = onnx_runner(export_onnx(model, tmp_path / "model.onnx", {"pixel_values": images(SIZE)}))
-    found = run({"pixel_values": images(SIZE).numpy()}) if callable(run) else None
-    assert found is not None
+        again = exported(images(SIZE))
+    assert torch.equal(again.logits, expected.logits) and torch.equal(again.pred_boxes, expected.pred_boxes)
+    run = onnx_runner(export_onnx(Both(model), tmp_path / "detector.onnx", images(SIZE)))
+    # float32 sums in another order
+    torch.testing.assert_close(run(images(SIZE)), raw(expected).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_trainer_trains_evaluates_and_a_pipeline_in_a_new_process_finds_the_file
     scenes = Scenes("train", 8, size=SIZE, scale=(0.3, 0.5))
     processor = SidtImageProcessor(size={"height": SIZE, "width": SIZE})
     torch.manual_seed(0)
-    model = SidtForObjectDetection(configuration(num_labels=None, id2label=scenes.id2label))
+    model = SidtForObjectDetection(configuration(num_labels=10, id2label=scenes.id2label))
     evaluation = DetectionEvaluation(processor)
     arguments = TrainingArguments(
         tmp_path, max_steps=3, per_device_train_batch_size=4, per_device_eval_batch_size=3, use_cpu=True, report_to=[],
