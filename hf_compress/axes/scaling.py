@@ -126,6 +126,9 @@ class Gains:
         """The gains of a call's outputs, from those of its tensor arguments; what is not followed counts as used."""
         given = [gain for gain in gains if gain is not None]
         first = given[0]
+        if kwargs.get("rounding_mode") is not None:
+            self.use(*given)
+            return []
         alone = len(gains) == 1
         if name in _ELEMENTWISE or (name in BY_A_NUMBER and alone):
             powers: Powers = ()

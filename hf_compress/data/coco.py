@@ -86,7 +86,8 @@ def clean_objects(
     except (TypeError, ValueError) as error:
         raise DataError(f"boxes have to be four numbers, and categories numbers ({error}).") from error
     if box_format == "xyxy":
-        boxes[:, 2:] -= boxes[:, :2]
+        with np.errstate(invalid="ignore"):
+            boxes[:, 2:] -= boxes[:, :2]
     is_left = np.ones(total, dtype=bool)
 
     def drop(wrong: np.ndarray, reason: str) -> None:
@@ -102,12 +103,13 @@ def clean_objects(
     drop((boxes[:, 2:] < 0).any(axis=1), "inverted")
     drop((boxes[:, 2:] == 0).any(axis=1), "empty")
     limit = np.array(image_size, dtype=np.float64)
-    start = np.clip(boxes[:, :2], 0, limit)
-    stop = np.clip(boxes[:, :2] + boxes[:, 2:], 0, limit)
+    with np.errstate(invalid="ignore"):  # boxes that are not finite are still among them
+        start = np.clip(boxes[:, :2], 0, limit)
+        stop = np.clip(boxes[:, :2] + boxes[:, 2:], 0, limit)
     drop((stop <= start).any(axis=1), "outside of the image")
     clipped = np.concatenate([start, stop - start], axis=1)
     # files store boxes with a few decimals, so less than a hundredth of a pixel is rounding
-    counts.clipped += int((is_left & (np.abs(clipped - boxes) > 0.01).any(axis=1)).sum())
+    counts.clipped += int((np.abs(clipped[is_left] - boxes[is_left]) > 0.01).any(axis=1).sum())
     counts.kept += int(is_left.sum())
     chosen = np.flatnonzero(is_left)
     cleaned = {name: [values[i] for i in chosen] for name, values in objects.items()}

@@ -1,7 +1,8 @@
 """A broad sample of timm and torchvision models: small, random, ready for the checks of coverage.
 
-timm models come in transformers' ``TimmWrapperForImageClassification``, so that they can be saved and loaded again; they
-are made small through timm's own arguments where the architecture has any. Models of torchvision are plain modules.
+timm models come in transformers' ``TimmWrapperForImageClassification``, so that they can be saved and loaded again;
+they are made small through timm's own arguments. Where a registered variant leaves no such freedom, its class is used
+instead: that and the models of torchvision are plain modules.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
         "dpn48b", num_init_features=8, k_r=32, groups=8, k_sec=[1, 2, 1, 1], inc_sec=[4, 8, 8, 16]
     ),
     "vovnet39a": timm_model(
-        "vovnet39a", stem_chs=[8, 8, 8], stage_conv_chs=_DIMS, stage_out_chs=_DIMS, layer_per_block=2, block_per_stage=_DEPTHS
+        "vovnet39a", stem_chs=[8, 8, 8], stage_conv_chs=_DIMS, stage_out_chs=_DIMS, layer_per_block=2,
+        block_per_stage=_DEPTHS,
     ),
     "ese_vovnet19b_dw": timm_model(
         "ese_vovnet19b_dw", stem_chs=[8, 8, 8], stage_conv_chs=_DIMS, stage_out_chs=_DIMS, layer_per_block=2
@@ -211,7 +213,8 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "fastvit_sa": timm_model("fastvit_sa12", embed_dims=[32, 32, 32, 32], layers=_DEPTHS),
     "efficientvit_mit": timm_model("efficientvit_b0", widths=[8, 16, 16, 32, 32], depths=[1, 1, 1, 1, 1]),
     "efficientvit_msra": timm_model(
-        "efficientvit_m0", 64, img_size=64, embed_dim=[16, 32, 48], key_dim=[8, 8, 8], depth=[1, 1, 1], num_heads=[2, 2, 2]
+        "efficientvit_m0", 64, img_size=64, embed_dim=[16, 32, 48], key_dim=[8, 8, 8], depth=[1, 1, 1],
+        num_heads=[2, 2, 2],
     ),
     "efficientvim": timm_model("efficientvim_m1"),
     "lowformer": timm_model("lowformer_b0"),
@@ -347,10 +350,10 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
 
 SLOW = set(
     """
-    pnasnet inception_resnet_v2 inception_v4 nasnet ghostnetv3 bat_resnext26ts xception41 mobileone mobilenetv4_hybrid
-    selecsls42b inception_v3 legacy_xception tv_efficientnet mobilenetv5 hrnet regnetz cspnext efficientnet_b0 fbnetv3 vitamin
-    rexnet ghostnetv2 legacy_senet efficientnetv2 hgnet lowformer shvit nextvit repghostnet tv_regnet dla46x_c iformer
-    semnasnet hardcorenas_a mnasnet efficientvim hgnetv2
+    pnasnet inception_resnet_v2 inception_v4 nasnet ghostnetv3 bat_resnext26ts xception41 mobileone
+    mobilenetv4_hybrid selecsls42b inception_v3 legacy_xception tv_efficientnet mobilenetv5 hrnet regnetz cspnext
+    efficientnet_b0 fbnetv3 vitamin rexnet ghostnetv2 legacy_senet efficientnetv2 hgnet lowformer shvit nextvit
+    repghostnet tv_regnet dla46x_c iformer semnasnet hardcorenas_a mnasnet efficientvim hgnetv2
     """.split()
 )
 """The slowest ones: checked by the command that writes the table, not in the test suite."""
