@@ -94,6 +94,12 @@ def is_fixed(node: Index) -> bool:
     return all(leaf.frozen for leaf in leaves(node))
 
 
+def why_fixed(node: Index) -> str:
+    """Why a node that is fixed cannot shrink: the reason of its first leaf that has one of its own."""
+    reasons = [leaf.frozen for leaf in leaves(node) if leaf.frozen]
+    return next((reason for reason in reasons if reason != "size 1"), "size 1")
+
+
 def freeze(node: Index, reason: str) -> None:
     """Keep every leaf below a node whole; the first reason given is kept."""
     for leaf in leaves(node):
@@ -124,6 +130,10 @@ def unify(a: Index, b: Index) -> None:
         _bind(b, a) if a.serial < b.serial else _bind(a, b)
     elif is_fixed(a) and is_fixed(b):
         return  # refining spatial dimensions would be work for nothing
+    elif a.form != "atom" and is_fixed(b):
+        freeze(a, why_fixed(b))
+    elif b.form != "atom" and is_fixed(a):
+        freeze(b, why_fixed(a))
     elif a.form == "atom":
         _bind(a, b)
     elif b.form == "atom":
@@ -185,7 +195,8 @@ def reshape(dims: Sequence[Index], sizes: Sequence[int]) -> list[Index]:
         if len(outs) == 1:
             result.append(merged)
         elif is_fixed(merged):
-            result.extend(fixed(size, "part of a fixed dimension") for size in outs)
+            reason = why_fixed(merged)
+            result.extend(fixed(size, reason) for size in outs)
         else:
             result.extend(split(merged, outs))
     return result

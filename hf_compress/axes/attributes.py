@@ -16,7 +16,7 @@ SIZE_ATTRIBUTES: frozenset[str] = frozenset(
     split_sizes split_indices total_key_dim v_channels v_dim value_dim val_attn_dim val_dim width widths
     qk_channels_per_head v_channels_per_head nf
     split_indexes input_split splits channel_splits dim_conv3 dim_untouched pdim expand_chs num_1x1_c shape bias_shape
-    dim_head_qk dim_head_v dim_out_qk dim_out_v o_proj_inpdim
+    conv_dim dim_head_qk dim_head_v dim_out_qk dim_out_v o_proj_inpdim
     num_classes_hidden output_dim proj_dim dim_qk dim_v hidden attn_head_size
     """.split()
 )

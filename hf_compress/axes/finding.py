@@ -35,10 +35,12 @@ from .algebra import (
     unify,
 )
 from .attributes import HEAD_COUNT_ATTRIBUTES
+from .caches import held_dicts, is_cache
 from .graph import AttributeLaw, Axis, AxisGraph, Contraction, Member, Rescale, SizeFactor, SizeLaw
 from .provenance import AttributeKey, Expression, TracedInt, evaluate, origins, traced_attributes, watched_mathematics
 from .scaling import Absorbed
 from .tracing import Tracer, overlaps, tensors_in
+from .twins import idle_paths, tie_idle
 
 Inputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor] | None
 
@@ -93,7 +95,8 @@ def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
     """Find what can shrink in a model by watching one forward pass.
 
     The pass runs in evaluation mode without gradients; the model, its buffers, its mode and the random state are left
-    as they were.
+    as they were. Where some modules did not run in it, the pass that training makes is watched as well, for heads that
+    only training uses.
 
     Args:
         model: any module that runs eagerly.
@@ -115,6 +118,7 @@ def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
     _keep_outputs(tracer, output)
     if tracer.idle:
         _watch_training(model, tracer, example_inputs)
+    tracer.twins = tie_idle(model, tracer)
     if tracer.without_rule:
         met = ", ".join(f"{name} (in {path or 'the model'})" for name, path in sorted(tracer.without_rule.items()))
         warnings.warn(f"no rule for: {met}; the axes they touch stay whole.", UserWarning, stacklevel=2)
@@ -252,12 +256,11 @@ def undisturbed(model: nn.Module) -> Any:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     random_state, torch_state = random.getstate(), torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    # a tensor that an earlier evaluation cached on a module would hide the parameter that it was made from
-    for namespace, saved in namespaces:
-        for name, value in saved.items():
-            if type(value) is dict and not name.startswith("_") and value:
-                if all(isinstance(item, Tensor) for item in value.values()):
-                    namespace[name] = {}
+    dicts = [held for module in model.modules() for held in held_dicts(module)]
+    containers += [(held, dict(held)) for held in dicts]
+    for held in dicts:  # a tensor that an earlier evaluation cached would hide the parameter that it was made from
+        if is_cache(held):
+            held.clear()
     model.eval()
     try:
         yield
@@ -301,8 +304,12 @@ class _Ties:
                 if isinstance(a.origin, AttributeKey) and isinstance(b.origin, Index):
                     self._add(a, b.origin, a.origin.module)
                     break
+        for key in list(self.measured):
+            for path in idle_paths(key.module, self.tracer.twins):
+                self.measured[key._replace(module=path)] = list(self.measured[key])
         self.absorbed += self.tracer.gains.absorbed(lambda name: len(self.tracer.parameters[name].readers))
-        for item in self.absorbed:
+        for item in list(self.absorbed):
+            self.absorbed += [item._replace(parameter=path) for path in idle_paths(item.parameter, self.tracer.twins)]
             for size, _ in item.factor:
                 self._learn(size)
         for value in self.tracer.watcher.real:
@@ -542,6 +549,7 @@ def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
         for leaf in set.intersection(*(overlaps(item, summed) for item in dirty)):
             leaf.flags |= {"offset"}
     consumed = tracer.consumed
+    consumed |= {(path, dim) for name, dim in consumed for path in idle_paths(name, tracer.twins)}
     groups = ties.size_groups()
 
     members: dict[Index, list[Member]] = {}
@@ -586,6 +594,7 @@ def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
 
     axes: dict[str, Axis] = {}
     scale_names = set(tracer.scales)
+    scale_names |= {path for name in tracer.scales for path in idle_paths(name, tracer.twins)}
     for leaf in ordered:
         name = names[leaf]
         found_members = tuple(members[leaf])

@@ -30,10 +30,23 @@ from .algebra import (
     reshape,
     split,
     unify,
+    why_fixed,
 )
 from .provenance import TracedInt
 from .scaling import BY_A_NUMBER
-from .tracing import LAYOUT, PASSIVE, Call, Contraction, NoRule, Value, dirty_leaves, overlaps, plain_shape, rule
+from .tracing import (
+    FROM_NO_PARAMETER,
+    LAYOUT,
+    PASSIVE,
+    Call,
+    Contraction,
+    NoRule,
+    Value,
+    dirty_leaves,
+    overlaps,
+    plain_shape,
+    rule,
+)
 
 PASSIVE.update(
     """
@@ -116,7 +129,7 @@ def keeps_zero(call: Call) -> Value:
 
 
 @rule(
-    "sigmoid hardsigmoid exp exp2 log log2 log10 cos cosh acos rsqrt reciprocal softplus logsigmoid logical_not bitwise_not "
+    "sigmoid hardsigmoid exp exp2 log log2 log10 cos cosh acos rsqrt reciprocal softplus logsigmoid logit special_logit logical_not bitwise_not "
     "invert isnan isinf isfinite erfc digamma ones_like",
     "input",
 )
@@ -219,10 +232,18 @@ def _dirty_after_sum(dims: list[Index], summands: list[Value]) -> frozenset[Inde
     return frozenset().union(*(value.dirty for value in summands), dirty_leaves(*alone))
 
 
+@rule("outer ger", "input vec2")
+def outer(call: Call) -> Value:
+    a, b = call.value("input"), call.tracer.value(call["vec2"] if call["vec2"] is not None else call["other"])
+    return Value([*a.dims, *b.dims], _dirty_after_product(a, b, []))
+
+
 @rule("where", "condition input other")
-def where(call: Call) -> Value:
-    if call["input"] is None:
-        raise NoRule("a list of positions")
+def where(call: Call) -> Value | list[Value]:
+    if call["input"] is None:  # the positions of what is not zero
+        for dim in call.value("condition").dims:
+            freeze(dim, "searched for positions")
+        return [Value(_fresh(plain_shape(places), "positions")) for places in call.output]
     values, choices, dirty = [call.value("condition")], [], False
     for option in (call["input"], call["other"]):
         if isinstance(option, Tensor):
@@ -425,8 +446,10 @@ def add_matmul(call: Call) -> Value:
 
 def _matmul(call: Call, first: Tensor, second: Tensor) -> Value:
     a, b = call.tracer.value(first), call.tracer.value(second)
-    if len(a.dims) < 2 or len(b.dims) < 2:
-        raise NoRule("a product with a vector")
+    if len(a.dims) < 2:
+        raise NoRule("a vector times a matrix")
+    if len(b.dims) < 2:
+        return _times_vector(call, first, second)
     unify(a.dims[-1], b.dims[-2])
     if b.stored is None:
         call.tracer.consume(first, len(a.dims) - 1)
@@ -461,6 +484,20 @@ def _explicit(equation: str, ranks: list[int]) -> tuple[str, str]:
         term.replace("...", "".join(unused[len(unused) - count :])) for term, count in zip(terms, covered, strict=True)
     ]
     return ",".join(terms), right.replace("...", "".join(unused))
+
+
+def _times_vector(call: Call, first: Tensor, second: Tensor) -> Value:
+    """A matrix times a vector sums over the vector's only dimension."""
+    a, b = call.tracer.value(first), call.tracer.value(second)
+    summed = a.dims[-1]
+    unify(summed, b.dims[-1])
+    if b.stored is None:
+        call.tracer.consume(first, len(a.dims) - 1)
+    call.tracer.consume(second, 0)
+    operands = [value.dirty for value in (a, b) if value.stored is None]
+    call.tracer.needs_zero(summed, *(operands or [a.dirty]))
+    call.tracer.count(1, *a.dims)
+    return Value(list(a.dims[:-1]), _without(a.dirty, summed))
 
 
 @rule("einsum", "equation *operands")
@@ -720,7 +757,7 @@ def max_or_min(call: Call) -> Value | list[Value]:
     return reduce(call)
 
 
-@rule("norm linalg_vector_norm", "input p dim keepdim")
+@rule("norm linalg_vector_norm linalg_norm", "input p dim keepdim")
 @rule("var std var_mean std_mean", "input dim unbiased keepdim")
 @rule("mean sum amax amin prod any all argmax argmin logsumexp", "input dim keepdim")
 def reduce(call: Call) -> Value | list[Value]:
@@ -778,6 +815,9 @@ def spatial(call: Call) -> Value | list[Value]:
         unify(x.dims[0], grid.dims[0])  # deformable attention folds its heads into the batch
         for dim in grid.dims[1:]:
             freeze(dim, "sampling grid")
+        if not is_fixed(x.dims[0]):
+            name_role(x.dims[0], "heads")
+            name_role(x.dims[1], "value_dim")
     for dim in x.dims[lead:]:
         freeze(dim, "spatial")
     dims = [*x.dims[:lead], *_fresh(sizes[lead:], "spatial")]
@@ -1073,7 +1113,7 @@ def _pieces(call: Call, sections: list[Any] | None, step: Any) -> list[Value]:
     sizes = [plain_shape(piece)[position] for piece in call.output]
     dim = x.dims[position]
     if is_fixed(dim):
-        parts = _fresh(sizes, "part of a fixed dimension")
+        parts = _fresh(sizes, why_fixed(dim))
     else:
         parts = cut(dim, sizes)
         if sections is not None:
@@ -1139,7 +1179,7 @@ def _segment(call: Call, dim: Index, start: Any, stop: Any) -> Index:
             call.tracer.tie(stop, dim)
         return dim
     if is_fixed(dim):
-        return fixed(max(0, last - first), "part of a fixed dimension")
+        return fixed(max(0, last - first), why_fixed(dim))
     if last <= first:
         freeze(dim, "an empty slice")
         return fixed(0, "empty")
@@ -1197,7 +1237,7 @@ def _indexed(call: Call, x: Value, items: list[Any], sizes: list[int]) -> list[I
             if item.step not in (None, 1):
                 freeze(dim, "strided slice")
                 length = len(range(*slice(item.start, item.stop, item.step).indices(dim.size)))
-                dims.append(fixed(length, "strided slice"))
+                dims.append(fixed(length, why_fixed(dim)))
             else:
                 dims.append(_segment(call, dim, item.start, item.stop))
         else:
@@ -1227,8 +1267,6 @@ def setitem(call: Call) -> list[Value]:
     x = call.value("input")
     index = call["index"]
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(item, (Tensor, list, bool)) or hasattr(item, "__array__") for item in items):
-        raise NoRule("assignment to chosen elements")
     with torch._C.DisableTorchFunction():
         sizes = plain_shape(call["input"][index])
     part = _indexed(call, x, items, sizes)
@@ -1363,7 +1401,7 @@ def create(call: Call) -> Value:
     for position, size in enumerate(actual):
         asked = sizes[position] if position < len(sizes) else None
         may_follow = isinstance(asked, TracedInt) and call.output.is_floating_point()
-        dims.append(Index(size) if may_follow else fixed(size, "constant"))
+        dims.append(Index(size) if may_follow else fixed(size, FROM_NO_PARAMETER))
         call.tracer.tie(asked, dims[-1])
     return Value(dims, frozenset() if call.name.endswith("zeros") else dirty_leaves(*dims))
 
@@ -1380,7 +1418,7 @@ def constant(call: Call) -> Value:
             call.tracer.watcher.real.append(item)
         elif isinstance(item, (tuple, list)):
             pending.extend(item)
-    return Value(_fresh(plain_shape(call.output), "constant"))
+    return Value(_fresh(plain_shape(call.output), FROM_NO_PARAMETER))
 
 
 @rule("uniform normal fill zero random bernoulli", "input value")

@@ -159,6 +159,7 @@ class Tracer(TorchFunctionMode):
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._stack: list[str] = [""]
         self._ran: set[str] = set()
+        self.twins: dict[str, str] = {}
         self._tensor_names: dict[int, str] = {}
         # tensors that modules hold beside parameters and buffers are constants; kept alive so that no id is reused
         held = (tensor for module in model.modules() for tensor in tensors_in(vars(module)))
@@ -182,6 +183,8 @@ class Tracer(TorchFunctionMode):
             self._tensor_names[id(tensor)] = name
             self._remember(tensor, value)
         self._handles: list[Any] = []
+        self._vmap = torch.vmap
+        self._mapping = 0
         self._is_watching = False
 
     # -- the module being run -------------------------------------------------------------------------------------
@@ -193,10 +196,12 @@ class Tracer(TorchFunctionMode):
             nn.modules.module.register_module_forward_hook(lambda *_: self._leave_module(), always_call=True),
         ]
         self._is_watching = True
+        torch.vmap = self._map  # type: ignore[assignment]
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         self._is_watching = False
+        torch.vmap = self._vmap
         for handle in self._handles:
             handle.remove()
         super().__exit__(*exception)
@@ -206,6 +211,31 @@ class Tracer(TorchFunctionMode):
         self._stack.append(path)
         self._ran.add(path)
 
+    def _map(self, function: Callable[..., Any], *settings: Any, **further: Any) -> Callable[..., Any]:
+        """``torch.vmap`` while watched: what goes in stays whole, since fewer dimensions are seen inside than there are."""
+        mapped = self._vmap(function, *settings, **further)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._keep_whole((args, kwargs))
+            self._mapping += 1
+            try:
+                output = mapped(*args, **kwargs)
+            finally:
+                self._mapping -= 1
+            for tensor in [] if self._mapping else tensors_in(output):
+                self._remember(tensor, Value([fixed(size, "result of vmap") for size in plain_shape(tensor)]))
+            return output
+
+        return call
+
+    def _keep_whole(self, nested: Any) -> None:
+        for tensor in tensors_in(nested):
+            if self.knows(tensor):
+                value = self.value(tensor)
+                self.gains.use(value.gain)
+                for dim in value.dims:
+                    freeze(dim, "used under vmap")
+
     def _leave_module(self) -> None:
         self._stack.pop()
 
@@ -213,6 +243,10 @@ class Tracer(TorchFunctionMode):
     def idle(self) -> list[str]:
         """Parameters and buffers that no operator read and whose module did not run."""
         return [name for name, value in self.unread() if name.rpartition(".")[0] not in self._ran]
+
+    def ran_inside(self, path: str) -> bool:
+        """Whether a module or one of its parts ran."""
+        return any(ran == path or ran.startswith(f"{path}.") for ran in self._ran)
 
     def unread(self) -> list[tuple[str, Value]]:
         """Parameters and buffers that no operator read."""
@@ -236,7 +270,7 @@ class Tracer(TorchFunctionMode):
         if self._is_watching and id(tensor) not in self._constants:
             self.unexplained.append(tensor)
             self._distrust()
-        value = Value([fixed(size, "constant") for size in plain_shape(tensor)])
+        value = Value([fixed(size, FROM_NO_PARAMETER) for size in plain_shape(tensor)])
         self._remember(tensor, value)
         return value
 
@@ -273,6 +307,9 @@ class Tracer(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if self._mapping:
+            self._keep_whole((args, kwargs))
+            return func(*args, **kwargs)
         name = operator_name(func)
         if name in PASSIVE:
             return func(*args, **kwargs)
@@ -436,6 +473,7 @@ class Tracer(TorchFunctionMode):
                 self.scales.append(stored.name)
 
 
+FROM_NO_PARAMETER = "values that come from no parameter (positions, masks)"
 UNWATCHED = "code that cannot be watched (compiled or scripted)"
 
 

@@ -138,7 +138,7 @@ class Scenes(Dataset):
         items: fewest and most items that are put into a scene.
         scale: smallest and largest longer side of an item before it is rotated, as a share of ``size``.
         rotation: items are turned by up to so many degrees either way.
-        max_hidden: an item of which a larger share is hidden (by later items or beyond the edge) is taken out again.
+        max_hidden: an item of which a larger share is hidden (by later items or beyond the edge) has no label.
 
     Raises:
         DataError: when an argument is out of range, or the source cannot be read.
@@ -204,8 +204,8 @@ class Scenes(Dataset):
             chosen = int(draw.integers(len(self.source)))
             labels.append(int(self.source.labels[chosen]))
             whole.append(self._place(draw, self.source.sprite(chosen), canvas, owner, number + 1))
-        # Hidden items keep their pixels in the picture and lose their label, as a barely visible thing in a photograph
-        # does; at least one is labelled, since the last one put down can only be hidden by the edge.
+        # Hidden items keep their pixels and lose their label, as a barely visible thing in a photograph does. The last
+        # item can be hidden by the edge alone, so with the usual max_hidden hardly any scene is left without a label.
         visible = np.bincount(owner.ravel(), minlength=len(labels) + 1)[1:]
         shown = [
             number

@@ -19,7 +19,7 @@ def draw_detections(
     dense: Mapping[str, Any],
     searched: Mapping[str, Any],
     class_names: Sequence[str] | Mapping[int, str] | None = None,
-    threshold: float = 0.3,
+    threshold: float = 0.5,
     titles: tuple[str, str] = ("dense", "searched"),
 ) -> Path:
     """Draw what two models find in the same images, the dense one on the left.
@@ -65,8 +65,8 @@ def _draw(
     from matplotlib.patches import Rectangle
 
     width, height = size
-    entries = zip(*(np.asarray(found[name]) for name in ("boxes", "scores", "labels")), strict=True)
-    for (x1, y1, x2, y2), score, label in entries:
+    entries = list(zip(*(np.asarray(found[name]) for name in ("boxes", "scores", "labels")), strict=True))
+    for (x1, y1, x2, y2), score, label in sorted(entries, key=lambda entry: entry[1]):  # the best on top
         if score < threshold:
             continue
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=2))

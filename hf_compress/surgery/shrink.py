@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_compress.axes import AxisGraph, example_inputs_for, find_axes
+from hf_compress.axes.caches import drop_caches
 from hf_compress.axes.finding import Inputs
 from hf_compress.axes.graph import Rescale
 from hf_compress.errors import PlanError
@@ -211,7 +212,7 @@ def _cut(model: nn.Module, plan: Plan, axes: AxisGraph, new_biases: Sequence[str
     for path, name, value in settings:
         setattr(modules[path], name, value)
     for module in modules.values():
-        _drop_caches(module)
+        drop_caches(module)
     return Record(shapes, {path: values for path, values in attributes.items() if values})
 
 
@@ -229,18 +230,6 @@ def _rescaled(tensor: Tensor, rescales: Sequence[Rescale], sizes: Mapping[str, i
 
 def _child(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _drop_caches(module: nn.Module) -> None:
-    """Forget tensors that an earlier forward pass kept in a dict on the module: they have the old sizes."""
-    for name, value in vars(module).items():
-        if (
-            type(value) is dict
-            and not name.startswith("_")
-            and value
-            and all(isinstance(v, Tensor) for v in value.values())
-        ):
-            value.clear()
 
 
 def attach_record(model: nn.Module, record: Record) -> None:

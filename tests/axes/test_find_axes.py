@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
 import torch.utils.benchmark
 from families import FAMILIES, MORE_FAMILIES, perturb
-from masking import assert_cut_equals_masked, cut, logits, random_keep
+from masking import assert_close, assert_cut_equals_masked, cut, logits, random_keep, zero_at_producers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -326,3 +327,56 @@ def test_unusable_inputs_and_unknown_axes_are_named() -> None:
         find_axes(model, torch.randn(1, 5))
     with pytest.raises(PlanError, match="no axis is called 'nope'"):
         find_axes(model, torch.randn(1, 4))["nope"]
+
+
+class Heads(nn.Module):
+    """Two heads for two kinds of image, a third for training only, and a parameter for nothing."""
+
+    def __init__(self, auxiliary: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.heads = nn.ModuleDict({"bright": self._head(), "dark": self._head()})
+        self.auxiliary = auxiliary
+        self.mask_token = nn.Parameter(torch.randn(1, 8))
+
+    @staticmethod
+    def _head() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        features = torch.relu(self.stem(x))
+        result = self.heads["bright" if x.mean() > 0 else "dark"](features).mean((2, 3))
+        return (result, self.auxiliary(features.mean((2, 3)))) if self.training else result
+
+
+def test_heads_that_did_not_run_follow_those_that_did() -> None:
+    model = perturb(Heads(nn.Linear(8, 2))).double()
+    bright = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    graph = find_axes(model, bright)
+    keep = random_keep(graph, seed=0)
+    assert sorted(keep) == ["heads.bright.0", "stem"]
+    assert {m.parameter for m in graph["stem"].members} >= {"heads.dark.0.weight", "auxiliary.weight"}
+    assert {(m.parameter, m.dim) for m in graph["heads.bright.0"].producers} >= {("heads.dark.0.weight", 0)}
+    assert ("heads.dark.3.weight", 1) not in {(m.parameter, m.dim) for m in graph["heads.bright.0"].producers}
+    assert {m.parameter for m in graph["heads.bright.0"].scales} == {"heads.bright.1.weight", "heads.dark.1.weight"}
+    assert graph.fixed["parameter that the forward pass does not read"] == 1  # mask_token
+    small = assert_cut_equals_masked(model, graph, keep, bright)
+    with torch.no_grad():
+        masked = zero_at_producers(copy.deepcopy(model), graph, keep)
+        assert_close(small(-bright), masked(-bright))
+    assert len(small.train()(bright)) == 2
+
+
+def test_a_training_pass_that_fails_keeps_what_it_would_have_read() -> None:
+    class NeedsLabels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(4, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("labels are missing")
+
+    model = Heads(NeedsLabels())
+    graph = find_axes(model, torch.rand(1, 3, 8, 8))
+    assert sorted(axis.name for axis in graph) == ["heads.bright.0", "stem"]
+    assert not any(m.parameter.startswith("auxiliary") for axis in graph for m in axis.members)

@@ -221,6 +221,5 @@ CANNOT: dict[str, str] = {
 
 WITHOUT: dict[str, set[str]] = {
     "convnextv2": {"masked"},  # its response normalisation takes a mean over the units of the MLP
-    "shieldgemma2": {"masked"},  # transformers builds its attention mask under vmap, which cannot be watched
 }
 """Architecture -> checks that do not apply to it, for want of an exact axis."""

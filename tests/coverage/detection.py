@@ -29,6 +29,7 @@ def built(
         torch.manual_seed(0)
         return perturb(kind(config())), {"pixel_values": images(size), **further}
 
+    build.model_class = kind  # type: ignore[attr-defined]
     return build
 
 
@@ -161,22 +162,86 @@ def _ocr_server(kind: type[t.PretrainedConfig]) -> t.PretrainedConfig:
     )  # fmt: skip
 
 
+# -- detectors that take words -------------------------------------------------------------------------------------
+
+_TEXT: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 28}
+
+
+def words(count: int, below: int = 1200) -> Tensor:
+    return torch.randint(3, below, (2, count), generator=torch.Generator().manual_seed(2))
+
+
+def swin(stages: tuple[str, ...]) -> t.SwinConfig:
+    return t.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[2, 2, 4, 4], window_size=2,
+        out_features=list(stages),
+    )  # fmt: skip
+
+
+def _grounding_dino(kind: type[t.PretrainedConfig]) -> t.PretrainedConfig:
+    return kind(
+        backbone_config=swin(("stage2", "stage3", "stage4")), text_config={"model_type": "bert", "vocab_size": 1200, **_TEXT},
+        encoder_n_points=2, decoder_n_points=3, num_feature_levels=4, max_text_len=8,
+        **{**_TRANSFORMER, "d_model": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    )  # fmt: skip
+
+
+def _grounding_inputs() -> dict[str, Tensor]:
+    # the sentence begins with 101 and ends with 102, and a dot (1012) parts its two phrases
+    middle = words(4)
+    dot = torch.full((2, 1), 1012)
+    ids = torch.cat([torch.full((2, 1), 101), middle[:, :2], dot, middle[:, 2:], dot, torch.full((2, 1), 102)], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+def _owl(kind: type[t.PretrainedConfig]) -> t.PretrainedConfig:
+    return kind(
+        text_config={"vocab_size": 1200, "max_position_embeddings": 8, "pad_token_id": 0, **_TEXT},
+        vision_config={"image_size": 64, "patch_size": 16, **_TEXT}, projection_dim=24,
+    )  # fmt: skip
+
+
+def _omdet() -> t.PretrainedConfig:
+    return t.OmDetTurboConfig(
+        backbone_config=swin(("stage2", "stage3", "stage4")), image_size=64, encoder_in_channels=[16, 32, 64],
+        apply_layernorm_after_vision_backbone=False,
+        text_config={
+            "model_type": "clip_text_model", "vocab_size": 1200, "max_position_embeddings": 8, "projection_dim": 24, **_TEXT,
+        },
+        text_projection_in_dim=24, text_projection_out_dim=24, class_embed_dim=24, task_encoder_hidden_dim=20,
+        encoder_hidden_dim=32, vision_features_channels=[32, 32, 32], encoder_attention_heads=4,
+        encoder_dim_feedforward=20, decoder_hidden_dim=32, decoder_num_heads=4, decoder_num_layers=2,
+        decoder_dim_feedforward=28, decoder_num_points=2, num_queries=6,
+    )  # fmt: skip
+
+
+def _omdet_inputs() -> dict[str, Tensor]:
+    return {
+        "classes_input_ids": words(5), "classes_attention_mask": torch.ones(2, 5, dtype=torch.long),
+        "tasks_input_ids": words(6), "tasks_attention_mask": torch.ones(2, 6, dtype=torch.long),
+        "classes_structure": torch.ones(2, dtype=torch.long),
+    }  # fmt: skip
+
+
+CANNOT: dict[str, str] = {}
+"""Detectors of transformers that cannot be built, and why; there are none."""
+
 ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "detr": built(t.DetrForObjectDetection, lambda: _plain_detr(t.DetrConfig)),
-    "detr_learned_positions": built(
+    "detr, learned positions": built(
         t.DetrForObjectDetection, lambda: _plain_detr(t.DetrConfig, position_embedding_type="learned")
     ),
     "conditional_detr": built(t.ConditionalDetrForObjectDetection, lambda: _plain_detr(t.ConditionalDetrConfig)),
     "table-transformer": built(t.TableTransformerForObjectDetection, lambda: _plain_detr(t.TableTransformerConfig)),
     "dab-detr": built(t.DabDetrForObjectDetection, _dab),
     "deformable_detr": built(t.DeformableDetrForObjectDetection, _deformable),
-    "deformable_detr_refined": built(t.DeformableDetrForObjectDetection, lambda: _deformable(with_box_refine=True)),
-    "deformable_detr_two_stage": built(
+    "deformable_detr, refined boxes": built(t.DeformableDetrForObjectDetection, lambda: _deformable(with_box_refine=True)),
+    "deformable_detr, two stages": built(
         t.DeformableDetrForObjectDetection,
         lambda: _deformable(with_box_refine=True, two_stage=True, two_stage_num_proposals=6),
     ),
     "rt_detr": built(t.RTDetrForObjectDetection, lambda: _hybrid(t.RTDetrConfig, rt_detr_resnet)),
-    "rt_detr_fixed_anchors": built(
+    "rt_detr, fixed anchors": built(
         t.RTDetrForObjectDetection, lambda: _hybrid(t.RTDetrConfig, rt_detr_resnet, anchor_image_size=[64, 64])
     ),
     "rt_detr_v2": built(t.RTDetrV2ForObjectDetection, lambda: _hybrid(t.RTDetrV2Config, rt_detr_resnet)),
@@ -216,5 +281,18 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
         lambda: t.PPOCRV6SmallDetConfig(
             backbone_config=lcnet(), neck_out_channels=16, layer_list_out_channels=[12, 16, 24, 32]
         ),
+    ),
+    "grounding-dino": built(
+        t.GroundingDinoForObjectDetection, lambda: _grounding_dino(t.GroundingDinoConfig), **_grounding_inputs()
+    ),
+    "mm-grounding-dino": built(
+        t.MMGroundingDinoForObjectDetection, lambda: _grounding_dino(t.MMGroundingDinoConfig), **_grounding_inputs()
+    ),
+    "omdet-turbo": built(t.OmDetTurboForObjectDetection, _omdet, **_omdet_inputs()),
+    "owlvit": built(
+        t.OwlViTForObjectDetection, lambda: _owl(t.OwlViTConfig), input_ids=words(5), attention_mask=torch.ones(2, 5).long()
+    ),
+    "owlv2": built(
+        t.Owlv2ForObjectDetection, lambda: _owl(t.Owlv2Config), input_ids=words(5), attention_mask=torch.ones(2, 5).long()
     ),
 }  # fmt: skip

@@ -157,6 +157,8 @@ def _video() -> Built:
     return model, {"pixel_values_videos": torch.stack([images(64), images(64).flip(-1)], dim=1)}
 
 
+_video.model_class = t.VideomtForUniversalSegmentation  # type: ignore[attr-defined]
+
 # -- depth and super-resolution -----------------------------------------------------------------------------------
 
 
@@ -189,7 +191,7 @@ def _zoedepth(several: bool) -> t.PretrainedConfig:
     if several:
         bins.append({"name": "kitti", "n_bins": 8, "min_depth": 0.001, "max_depth": 80.0})
         further = {
-            "num_patch_transformer_layers": 1, "patch_transformer_hidden_size": 16,
+            "num_patch_transformer_layers": 4, "patch_transformer_hidden_size": 128,
             "patch_transformer_intermediate_size": 20, "patch_transformer_num_attention_heads": 2,
         }  # fmt: skip
     return t.ZoeDepthConfig(
@@ -221,17 +223,20 @@ def _tokens(*shape: int, below: int) -> Tensor:
     return torch.randint(1, below, shape, generator=torch.Generator().manual_seed(2))
 
 
+CANNOT: dict[str, str] = {}
+"""Models of these kinds that cannot be built, and why; there are none."""
+
 ARCHITECTURES: dict[str, Callable[[], Built]] = {
     # semantic
     "beit": built(t.BeitForSemanticSegmentation, lambda: _beit(t.BeitConfig)),
     "data2vec-vision": built(t.Data2VecVisionForSemanticSegmentation, lambda: _beit(t.Data2VecVisionConfig)),
     "dpt": built(t.DPTForSemanticSegmentation, _dpt),
-    "dpt_hybrid": built(t.DPTForSemanticSegmentation, _dpt_hybrid),
+    "dpt, hybrid": built(t.DPTForSemanticSegmentation, _dpt_hybrid),
     "mobilenet_v2": built(t.MobileNetV2ForSemanticSegmentation, _mobilenet_v2),
     "mobilevit": built(t.MobileViTForSemanticSegmentation, _mobilevit),
     "mobilevitv2": built(t.MobileViTV2ForSemanticSegmentation, _mobilevitv2),
     "sapiens2": built(t.Sapiens2ForSemanticSegmentation, _sapiens2),
-    "sapiens2_pixel_shuffle": built(
+    "sapiens2, pixel shuffle": built(
         t.Sapiens2ForSemanticSegmentation, lambda: _sapiens2(use_pixel_shuffle=True, upsample_kernel_size=3)
     ),
     "segformer": built(t.SegformerForSemanticSegmentation, _segformer),
@@ -240,17 +245,17 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
         t.UperNetForSemanticSegmentation,
         lambda: _upernet(lambda: resnet("stage1", "stage2", "stage3", "stage4"), 16),
     ),
-    "upernet_swin": built(t.UperNetForSemanticSegmentation, lambda: _upernet(swin, 32)),
+    "upernet, swin": built(t.UperNetForSemanticSegmentation, lambda: _upernet(swin, 32)),
     # instance, universal
-    "detr": built(t.DetrForSegmentation, _detr),
+    "detr, masks": built(t.DetrForSegmentation, _detr),
     "maskformer": built(
         t.MaskFormerForInstanceSegmentation,
         lambda: _maskformer(lambda: resnet("stage1", "stage2", "stage3", "stage4")),
     ),
-    "maskformer_swin": built(t.MaskFormerForInstanceSegmentation, lambda: _maskformer(swin)),
-    "rf_detr": built(t.RfDetrForInstanceSegmentation, rf_detr),
+    "maskformer, swin": built(t.MaskFormerForInstanceSegmentation, lambda: _maskformer(swin)),
+    "rf_detr, masks": built(t.RfDetrForInstanceSegmentation, rf_detr),
     "mask2former": built(t.Mask2FormerForUniversalSegmentation, _mask2former),
-    "mask2former_pre_norm": built(
+    "mask2former, norm first": built(
         t.Mask2FormerForUniversalSegmentation,
         lambda: _mask2former(lambda: resnet("stage1", "stage2", "stage3", "stage4"), pre_norm=True),
     ),
@@ -265,27 +270,29 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "depth_anything": built(
         t.DepthAnythingForDepthEstimation,
         lambda: t.DepthAnythingConfig(
-            backbone_config=dinov2(), patch_size=16, reassemble_hidden_size=24, head_hidden_size=12, **_NECK
+            backbone_config=dinov2(), patch_size=16, reassemble_hidden_size=24, head_hidden_size=12,
+            depth_estimation_type="metric", max_depth=10, **_NECK,
         ),
     ),
     "depth_pro": built(t.DepthProForDepthEstimation, _depth_pro),
-    "depth_pro_field_of_view": built(t.DepthProForDepthEstimation, lambda: _depth_pro(use_fov_model=True)),
-    "dpt (depth)": built(t.DPTForDepthEstimation, _dpt),
+    "depth_pro, field of view": built(t.DepthProForDepthEstimation, lambda: _depth_pro(use_fov_model=True)),
+    "dpt, depth": built(t.DPTForDepthEstimation, _dpt),
     "glpn": built(t.GLPNForDepthEstimation, _glpn),
     "prompt_depth_anything": built(
         t.PromptDepthAnythingForDepthEstimation,
         lambda: t.PromptDepthAnythingConfig(
-            backbone_config=dinov2(), patch_size=16, reassemble_hidden_size=24, head_hidden_size=12, **_NECK
+            backbone_config=dinov2(), patch_size=16, reassemble_hidden_size=24, head_hidden_size=12,
+            depth_estimation_type="metric", max_depth=10, **_NECK,
         ),
         prompt_depth=_generic(2, 1, 8, 8),
     ),
-    "tipsv2_dpt (depth)": built(t.Tipsv2DptForDepthEstimation, _tipsv2),
+    "tipsv2_dpt, depth": built(t.Tipsv2DptForDepthEstimation, _tipsv2),
     "zoedepth": built(t.ZoeDepthForDepthEstimation, lambda: _zoedepth(several=False)),
-    "zoedepth_two_domains": built(t.ZoeDepthForDepthEstimation, lambda: _zoedepth(several=True)),
+    "zoedepth, two domains": built(t.ZoeDepthForDepthEstimation, lambda: _zoedepth(several=True)),
     # super-resolution
     "swin2sr": built(t.Swin2SRForImageSuperResolution, _swin2sr, 16),
-    "swin2sr_direct": built(
+    "swin2sr, direct": built(
         t.Swin2SRForImageSuperResolution, lambda: _swin2sr(upsampler="pixelshuffledirect", resi_connection="3conv"), 16
     ),
-    "swin2sr_nearest": built(t.Swin2SRForImageSuperResolution, lambda: _swin2sr(upsampler="nearest+conv", upscale=4), 16),
+    "swin2sr, nearest": built(t.Swin2SRForImageSuperResolution, lambda: _swin2sr(upsampler="nearest+conv", upscale=4), 16),
 }  # fmt: skip

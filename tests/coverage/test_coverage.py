@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import backbones
 import classification
+import detection
 import pytest
+import segmentation
 import transformers
 from checks import Reloader, check
 from transformers.models.auto import modeling_auto
@@ -44,6 +47,27 @@ def test_every_classifier_of_transformers_is_here() -> None:
 def test_every_backbone_of_transformers_is_here() -> None:
     known = set(modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES)
     assert known == set(backbones.BACKBONES) | set(backbones.SAME_CLASS) | set(backbones.CANNOT)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (detection, "OBJECT_DETECTION"),
+        (detection, "ZERO_SHOT_OBJECT_DETECTION"),
+        (segmentation, "SEMANTIC_SEGMENTATION"),
+        (segmentation, "IMAGE_SEGMENTATION"),
+        (segmentation, "INSTANCE_SEGMENTATION"),
+        (segmentation, "UNIVERSAL_SEGMENTATION"),
+        (segmentation, "DEPTH_ESTIMATION"),
+        (segmentation, "IMAGE_TO_IMAGE"),
+    ],
+)
+def test_every_dense_predictor_of_transformers_is_here(module: ModuleType, kind: str) -> None:
+    mapping = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")
+    known = {key: name for key, name in mapping.items() if hasattr(transformers, name)}  # without those registered here
+    built = {build.model_class.__name__ for build in module.ARCHITECTURES.values()}
+    assert len(known) > 0
+    assert {key for key, name in known.items() if name not in built} == set(module.CANNOT) & set(known)
 
 
 def test_what_is_said_not_to_build_does_not() -> None:

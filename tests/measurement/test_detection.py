@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hf_compress.errors import DataError
 from hf_compress.measurement.detection import DetectionEvaluation, mean_average_precision
+from hf_compress.measurement.plots_detection import draw_detections
 from hf_compress.models.sidt import SidtImageProcessor
 
 
@@ -119,3 +122,21 @@ def test_through_trainers_batches() -> None:
         evaluation(SimpleNamespace(predictions=kept.numpy(), label_ids=[as_arrays]))
     with pytest.raises(DataError, match="preprocess_logits_for_metrics"):
         evaluation(SimpleNamespace(predictions=[(logits.numpy(), boxes.numpy())], label_ids=[[as_arrays]]))
+
+
+def test_detections_are_drawn_where_they_are(tmp_path: Path) -> None:
+    black = Image.new("RGB", (100, 50))
+    none, one = found([], [], []), found([[20, 10, 80, 40], [0, 0, 9, 9]], [0.9, 0.1], [1, 0])
+    path = draw_detections(tmp_path / "a" / "drawn.png", black, none, one, ["cat", "dog"])
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert pixels.shape[1] == 900
+    coloured = (pixels.max(axis=2) - pixels.min(axis=2)) > 60
+    assert not coloured[:, :450].any()  # nothing was found on the left
+    rows, columns = np.nonzero(coloured[:, 450:])
+    shape = (np.ptp(columns) + 1) / (np.ptp(rows) + 1)
+    assert 1.5 < shape < 2.2  # the one box above the threshold is 60 x 30; its caption adds to the height
+    again = draw_detections(tmp_path / "two.png", [black, black], [one, one], [none, one], threshold=0.05)
+    assert Image.open(again).height > Image.open(path).height
+    with pytest.raises(ValueError, match="2 images and detections for 1"):
+        draw_detections(tmp_path / "b.png", [black, black], [one], [one])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "two.png"]

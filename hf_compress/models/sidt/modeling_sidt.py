@@ -2,9 +2,11 @@
 
 Xue et al. 2022, "Searching Intrinsic Dimensions of Vision Transformers", arXiv 2204.07722, searches the dimensions of
 detection backbones. Which detector it used is not known; the choice here is ours. For plain vision transformers the
-pyramid is the simple one of Li et al. 2022 (ViTDet, arXiv 2203.16527, section 3), for hierarchical ones torchvision's
-FeaturePyramidNetwork. The head is torchvision's FCOS head: anchor-free, so that nothing has to be tuned to object sizes,
-and convolutional, so that it learns in few steps and whole groups of its channels can be pruned.
+pyramid is the simple one of Li et al. 2022 (ViTDet, arXiv 2203.16527, section 3; with its deconvolutions as wide as the
+pyramid), for hierarchical ones torchvision's FeaturePyramidNetwork. The head is torchvision's FCOS head: anchor-free, so that
+nothing has to be tuned to object sizes, and convolutional, so that it learns in few steps and whole groups of its channels
+can be pruned. On scenes, with the same backbone, pyramid and 400 steps, it was ahead of torchvision's RetinaNet head; a
+small DETR had not begun to find anything by then.
 """
 
 import math
