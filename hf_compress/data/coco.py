@@ -90,7 +90,7 @@ def clean_objects(
             boxes[:, 2:] -= boxes[:, :2]
     is_left = np.ones(total, dtype=bool)
 
-    def drop(wrong: np.ndarray, reason: str) -> None:
+    def drop(wrong: Any, reason: str) -> None:
         nonlocal is_left
         if number := int((is_left & wrong).sum()):
             counts.dropped[reason] += number
@@ -111,7 +111,7 @@ def clean_objects(
     # files store boxes with a few decimals, so less than a hundredth of a pixel is rounding
     counts.clipped += int((np.abs(clipped[is_left] - boxes[is_left]) > 0.01).any(axis=1).sum())
     counts.kept += int(is_left.sum())
-    chosen = np.flatnonzero(is_left)
+    chosen = np.flatnonzero(is_left).tolist()
     cleaned = {name: [values[i] for i in chosen] for name, values in objects.items()}
     cleaned["bbox"] = clipped[chosen].tolist()
     cleaned["category"] = [int(categories[i]) for i in chosen]

@@ -52,8 +52,9 @@ class DetectionCollator:
             )
         batch = dict(self.processor(images=images, annotations=annotations, return_tensors="pt"))
         batch["labels"] = [dict(label) for label in batch["labels"]]
-        if bool(batch.get("pixel_mask", batch["pixel_values"]).all()):
-            batch.pop("pixel_mask", None)  # nothing was padded
+        mask: Any = batch.get("pixel_mask")
+        if mask is not None and bool(mask.all()):
+            del batch["pixel_mask"]  # nothing was padded
         return batch
 
 

@@ -48,7 +48,7 @@ def mean_average_precision(
 
     if len(predictions) != len(targets):
         raise DataError(f"there are predictions for {len(predictions)} images and targets for {len(targets)}.")
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image, target in enumerate(targets):
         boxes = _array(target["boxes"]).reshape(-1, 4)
         sides = boxes[:, 2:] - boxes[:, :2]

@@ -214,8 +214,8 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
 }
 
 CANNOT: dict[str, str] = {
-    "dinat": "needs natten2dqkrpb and natten2dav of the package natten: releases since 0.20 no longer have them, and "
-    "earlier ones do not compile against torch 2.14",
+    "dinat": "needs natten2dqkrpb and natten2dav of the package natten: 0.21.7 no longer has both, and 0.17.5 "
+    "and 0.15.1 do not compile against torch 2.14",
 }
 """Model type -> why it cannot be built here."""
 

@@ -79,7 +79,7 @@ class SidtConfig(PreTrainedConfig):
             if not is_possible:
                 raise ModelError(f"SidtConfig: {name}={getattr(self, name)} is not possible; give {what}.")
         super().__post_init__(**kwargs)
-        if self.num_labels < 1:
+        if (self.num_labels or 0) < 1:
             raise ModelError("SidtConfig: num_labels=0 is not possible; a detector needs at least one class.")
 
 

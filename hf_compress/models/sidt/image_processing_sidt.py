@@ -28,7 +28,7 @@ class SidtImageProcessor(DetrImageProcessor):
             annotation, input_image_size, output_image_size, padding, False
         )
 
-    def post_process_object_detection(
+    def post_process_object_detection(  # type: ignore[override]  # an array of sizes is no list of tuples
         self,
         outputs: Any,
         threshold: float = 0.5,
@@ -53,7 +53,8 @@ class SidtImageProcessor(DetrImageProcessor):
         Raises:
             DataError: when there are not as many target sizes as images.
         """
-        logits, boxes = outputs.logits.float(), center_to_corners_format(outputs.pred_boxes.float())
+        logits: Tensor = outputs.logits.float()
+        boxes: Any = center_to_corners_format(outputs.pred_boxes.float())
         if target_sizes is not None:
             sizes = torch.as_tensor(target_sizes, device=boxes.device, dtype=boxes.dtype)
             if sizes.shape != (len(boxes), 2):

@@ -11,9 +11,10 @@ small DETR had not begun to find anything by then.
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class SimpleFeaturePyramid(nn.Module):
         norm: number of channels -> normalisation.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, scales: list[float], norm: Callable[[int], nn.Module]):
+    def __init__(self, in_channels: int, out_channels: int, scales: Sequence[float], norm: Callable[[int], nn.Module]):
         super().__init__()
         self.levels = nn.ModuleList(self._level(in_channels, out_channels, scale, norm) for scale in scales)
 
@@ -158,7 +159,7 @@ class SidtPreTrainedModel(PreTrainedModel):
         not ship.
         """
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            outputs = self.head.outputs  # type: ignore[union-attr]
+            outputs: Any = self.head.outputs  # type: ignore[union-attr]
             # a deconvolution whose kernel is its stride reads one place of the input for each of the output
             area = 1 if isinstance(module, nn.ConvTranspose2d) else math.prod(module.kernel_size)
             std = self.config.initializer_range if module in outputs else (module.in_channels * area) ** -0.5
