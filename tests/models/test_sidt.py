@@ -124,11 +124,13 @@ def test_a_pruned_detector_is_saved_loaded_and_trained(backbone: str, tmp_path: 
 
 # -- which point finds which object -------------------------------------------------------------------------------
 
-_SIDES = st.tuples(*[st.floats(0, 1) for _ in range(4)])
+# multiples of a power of two, which float32 adds and multiplies exactly: boundaries are then met, and no tolerance is needed
+_SIDES = st.tuples(*[st.integers(0, 256).map(lambda n: n / 256) for _ in range(4)])
+_RADII = st.integers(4, 24).map(lambda n: n / 8)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(_SIDES, min_size=0, max_size=6), st.floats(0.5, 3.0))
+@given(st.lists(_SIDES, min_size=0, max_size=6), _RADII)
 def test_assignment_is_the_papers(sides: list[tuple[float, ...]], radius: float) -> None:
     """Against loops over points and objects that follow section 3.1 sentence by sentence."""
     size = 64.0
@@ -150,7 +152,7 @@ def test_assignment_is_the_papers(sides: list[tuple[float, ...]], radius: float)
             area = min(fitting)[0]
             assert found[place] >= 0
             chosen = next((a for a, number in fitting if number == int(found[place])), None)
-            assert chosen is not None and abs(chosen - area) <= 1e-3 * max(area, 1.0)  # float32 areas of up to 64^2
+            assert chosen == area
 
 
 def test_a_box_is_where_its_distances_put_it() -> None:
