@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "fashion_mnist"
 HUB_DATA = "zalando-datasets/fashion_mnist"
@@ -84,3 +87,36 @@ def accuracy(model: nn.Module, split: tuple[Tensor, Tensor]) -> float:
         batch = normalised(pixels).contiguous(memory_format=torch.channels_last)
         right += int((model(pixel_values=batch).logits.argmax(-1) == labels).sum())
     return 100 * right / len(split[1])
+
+
+def train(
+    model: PreTrainedModel,
+    data: Data,
+    seed: int,
+    callbacks: Iterable[TrainerCallback] = (),
+    optimizer: torch.optim.Optimizer | None = None,
+    **arguments: Any,
+) -> None:
+    """Train by the ordinary Trainer, in silence and with nothing kept but the model; ``arguments`` are TrainingArguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder,
+            dataloader_drop_last=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+            seed=seed,
+            data_seed=seed,
+            **arguments,
+        )
+        Trainer(
+            model,
+            settings,
+            train_dataset=Images(*data.train, seed=seed),
+            data_collator=as_batch,
+            optimizers=(optimizer, None),
+            callbacks=list(callbacks),
+        ).train()

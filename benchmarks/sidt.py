@@ -20,17 +20,17 @@ import copy
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fashion_mnist
 import torch
-from fashion_mnist import DEFAULT_DATA, Data, Images, accuracy, as_batch, load_data
+from fashion_mnist import DEFAULT_DATA, Data, Images, accuracy, load_data
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
 
 from hf_compress import Plan, find_axes, shrink
 from hf_compress.axes import AxisGraph
@@ -94,32 +94,18 @@ def train(
     callbacks: Iterable[TrainerCallback] = (),
 ) -> None:
     """AdamW with warm-up and a cosine, by the ordinary Trainer."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=protocol.batch_size,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 20,
-            weight_decay=protocol.weight_decay,
-            dataloader_drop_last=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            remove_unused_columns=False,
-            seed=seed,
-            data_seed=seed,
-        )
-        Trainer(
-            model,
-            arguments,
-            train_dataset=Images(*data.train, seed=seed),
-            data_collator=as_batch,
-            callbacks=list(callbacks),
-        ).train()
+    fashion_mnist.train(
+        model,
+        data,
+        seed,
+        callbacks,
+        max_steps=steps,
+        per_device_train_batch_size=protocol.batch_size,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        weight_decay=protocol.weight_decay,
+    )
 
 
 def shares_plan(axes: AxisGraph, scores: dict[str, Tensor], share: float) -> Plan:
@@ -171,18 +157,12 @@ def torch_pruned(model: ViTForImageClassification, protocol: Protocol, params: i
         layer.attention.head_dim = layer.attention.q_proj.out_features // protocol.heads
 
 
+WAYS = ("search", "magnitude", "taylor", "torch-pruning", "scratch")
+
+
 def run_seed(data: Data, protocol: Protocol, seed: int, write: Any, done: set[tuple[int, str, float]]) -> None:
     """All ways of one seed; each finished one is written."""
-
-    def note(way: str, share: float, model: ViTForImageClassification, plan: Plan | None, **more: Any) -> None:
-        axes = find_axes(model)
-        write({
-            "seed": seed, "way": way, "share": share, "accuracy": accuracy(model, data.test),
-            "params": axes.params, "macs": axes.macs, **more,
-        })  # fmt: skip
-
-    wanted = [(way, share) for way in ("search", "magnitude", "taylor", "torch-pruning", "scratch")
-              for share in protocol.shares if (seed, way, share) not in done]  # fmt: skip
+    wanted = [(share, way) for share in protocol.shares for way in WAYS if (seed, way, share) not in done]
     if not wanted and (seed, "dense", 0.0) in done:
         return
     dense = build(protocol, seed)
@@ -191,64 +171,51 @@ def run_seed(data: Data, protocol: Protocol, seed: int, write: Any, done: set[tu
     start = time.perf_counter()
     train(middle, data, protocol, seed + 1_000, protocol.middle_steps, protocol.middle_learning_rate)
     plain_seconds = time.perf_counter() - start
+    axes = find_axes(middle)
 
-    def finish(model: ViTForImageClassification) -> None:
+    def start_of(way: str, share: float) -> tuple[ViTForImageClassification, dict[str, Any]]:
+        """The model before the last steps, and what else is to be written."""
+        if way == "scratch":  # uniform widths, random weights, all of the steps
+            model = build(protocol, seed + 5)
+            zeros = {axis.name: torch.zeros(axis.size) for axis in axes}
+            shrink(model, shares_plan(axes, zeros, share), axes=axes)
+            train(model, data, protocol, seed, protocol.dense_steps + protocol.middle_steps, protocol.learning_rate)
+            return model, {}
+        more: dict[str, Any] = {}
+        if way == "search":
+            model = copy.deepcopy(dense)
+            search = DimensionSearchCallback(protocol.strength, share, warmup=0.1, kinds=KINDS)
+            start = time.perf_counter()
+            train(model, data, protocol, seed + 1_000, protocol.middle_steps, protocol.middle_learning_rate, [search])
+            more["step_time_ratio"] = (time.perf_counter() - start) / plain_seconds
+            shrink(model, search.plan(model))
+        else:
+            model = copy.deepcopy(middle)
+            given = batches(data, protocol, seed) if way == "taylor" else None
+            scores = importance(model, axes, method="taylor" if way == "taylor" else "magnitude", batches=given)
+            plan = shares_plan(axes, scores, share)
+            if way == "torch-pruning":
+                torch_pruned(model, protocol, axes.cost(plan).params)
+            else:
+                shrink(model, plan, axes=axes)
+        return model, {**more, "before_final": accuracy(model, data.test)}
+
+    def finish(way: str, share: float, model: ViTForImageClassification, more: dict[str, Any]) -> None:
         train(model, data, protocol, seed + 2_000, protocol.final_steps, protocol.final_learning_rate)
+        left = find_axes(model)
+        found = {"accuracy": accuracy(model, data.test), "params": left.params, "macs": left.macs}
+        write({"seed": seed, "way": way, "share": share, **found, **more})
 
     if (seed, "dense", 0.0) not in done:
-        model = copy.deepcopy(middle)
-        finish(model)
-        note("dense", 0.0, model, None)
-    sizes: dict[float, ViTForImageClassification] = {}
-    for share in protocol.shares:
-        axes = find_axes(middle)
-        for way in ("search", "magnitude", "taylor", "torch-pruning", "scratch"):
-            if (way, share) not in wanted:
-                continue
-            more: dict[str, Any] = {}
-            if way == "search":
-                model = copy.deepcopy(dense)
-                search = DimensionSearchCallback(protocol.strength, share, warmup=0.1, kinds=KINDS)
-                start = time.perf_counter()
-                train(
-                    model, data, protocol, seed + 1_000, protocol.middle_steps, protocol.middle_learning_rate, [search]
-                )
-                more["step_time_ratio"] = (time.perf_counter() - start) / plain_seconds
-                shrink(model, search.plan(model))
-                more["before_final"] = accuracy(model, data.test)
-            elif way in ("magnitude", "taylor"):
-                model = copy.deepcopy(middle)
-                scores = importance(
-                    model, axes, method=way, batches=batches(data, protocol, seed) if way == "taylor" else None
-                )
-                shrink(model, shares_plan(axes, scores, share), axes=axes)
-                more["before_final"] = accuracy(model, data.test)
-            elif way == "torch-pruning":
-                model = copy.deepcopy(middle)
-                reference = sizes.get(share) or shrink(
-                    copy.deepcopy(middle), shares_plan(axes, importance(middle, axes), share), axes=axes
-                )
-                try:
-                    torch_pruned(model, protocol, sum(p.numel() for p in reference.parameters()))
-                    more["before_final"] = accuracy(model, data.test)
-                    finish(model)
-                except Exception as error:  # a peer that does not run is a result, and is reported as one
-                    write(
-                        {"seed": seed, "way": way, "share": share, "failed": f"{type(error).__name__}: {error}"[:200]}
-                    )
-                    continue
-                note(way, share, model, None, **more)
-                continue
-            else:  # uniform widths, random weights, all of the steps
-                model = build(protocol, seed + 5)
-                fresh = find_axes(model)
-                zeros = {axis.name: torch.zeros(axis.size) for axis in fresh}
-                shrink(model, shares_plan(fresh, zeros, share), axes=fresh)
-                rest = protocol.dense_steps + protocol.middle_steps
-                train(model, data, protocol, seed, rest, protocol.learning_rate)
-            finish(model)
-            sizes.setdefault(share, model)
-            note(way, share, model, None, **more)
+        finish("dense", 0.0, copy.deepcopy(middle), {})
+    for share, way in wanted:
+        try:
+            finish(way, share, *start_of(way, share))
+        except Exception as error:
+            if way != "torch-pruning":
+                raise
+            # a peer that does not run is a result, and is reported as one
+            write({"seed": seed, "way": way, "share": share, "failed": f"{type(error).__name__}: {error}"[:200]})
 
 
 def table(records: list[dict[str, Any]]) -> str:

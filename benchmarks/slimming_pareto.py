@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,10 +27,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fashion_mnist
 import torch
-from fashion_mnist import DEFAULT_DATA, Data, Images, accuracy, as_batch, load_data
+from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
 from hf_compress import NetworkSlimmingCallback, ProximalSlimmingCallback, find_axes, magnitude_scores, select, shrink
 
@@ -95,33 +95,19 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), rate, protocol.momentum, nesterov=True, weight_decay=protocol.weight_decay
     )
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            max_steps=steps or protocol.train_steps,
-            per_device_train_batch_size=protocol.batch_size,
-            learning_rate=rate,
-            lr_scheduler_type="linear",
-            max_grad_norm=0,
-            dataloader_drop_last=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            remove_unused_columns=False,
-            logging_nan_inf_filter=False,
-            seed=seed,
-            data_seed=seed,
-        )
-        Trainer(
-            model,
-            arguments,
-            train_dataset=Images(*data.train, seed=seed),
-            data_collator=as_batch,
-            optimizers=(optimizer, None),
-            callbacks=list(callbacks),
-        ).train()
+    fashion_mnist.train(
+        model,
+        data,
+        seed,
+        callbacks,
+        optimizer,
+        max_steps=steps or protocol.train_steps,
+        per_device_train_batch_size=protocol.batch_size,
+        learning_rate=rate,
+        lr_scheduler_type="linear",
+        max_grad_norm=0,
+        logging_nan_inf_filter=False,
+    )
 
 
 def finetune(model: ResNetForImageClassification, data: Data, protocol: Protocol, seed: int) -> None:

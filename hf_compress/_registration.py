@@ -48,9 +48,8 @@ def _register_models() -> None:
     for model_type, (package, config_class, model_classes) in AUTO_CLASSES.items():
         for auto_class, model_class in model_classes.items():
             getattr(auto, auto_class).register(_load(package, config_class), _load(package, model_class), exist_ok=True)
-            if (
-                auto_class == "AutoModelForObjectDetection"
-            ):  # its pipeline asks a copy that leaves out registered models
+            if auto_class == "AutoModelForObjectDetection":
+                # the pipeline asks a copy that leaves out registered models
                 auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.setdefault(model_type, model_class)
 
 

@@ -128,6 +128,17 @@ def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
 def _watch(model: nn.Module, inputs: Any, constants: Sequence[Tensor] = ()) -> tuple[Tracer, Any]:
     """One watched forward pass; also what the model returned."""
     tracer = Tracer(model, constants)
+    with _prepared(model, tracer):
+        for tensor in tensors_in(inputs):
+            for dim in tracer.value(tensor).dims:
+                dim.frozen = "model input"
+        with tracer:
+            return tracer, run_examples(model, inputs)
+
+
+@contextmanager
+def _prepared(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """What surrounds every watched pass: the model comes back as it was, and its integers are followed."""
     with (
         undisturbed(model),
         _uncompiled(),
@@ -135,17 +146,7 @@ def _watch(model: nn.Module, inputs: Any, constants: Sequence[Tensor] = ()) -> t
         watched_mathematics(),
         torch.no_grad(),
     ):
-        for tensor in tensors_in(inputs):
-            for dim in tracer.value(tensor).dims:
-                dim.frozen = "model input"
-        with tracer:
-            try:
-                return tracer, run_model(model, inputs)
-            except Exception as error:
-                raise ModelError(
-                    f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Pass "
-                    "example_inputs that the model accepts."
-                ) from error
+        yield
 
 
 def _keep_outputs(tracer: Tracer, output: Any) -> None:
@@ -166,13 +167,7 @@ def _watch_training(model: nn.Module, tracer: Tracer, inputs: Any) -> None:
     on labels stops somewhere on the way; what was seen up to there is true, and what was not read stays whole.
     """
     costs, contractions = len(tracer.costs), len(tracer.contractions)
-    with (
-        undisturbed(model),
-        _uncompiled(),
-        traced_attributes(model, tracer.watcher),
-        watched_mathematics(),
-        torch.no_grad(),
-    ):
+    with _prepared(model, tracer):
         for module in model.modules():
             module.training = not (is_standard(module) or isinstance(module, nn.modules.batchnorm._NormBase))
         with tracer:
@@ -232,6 +227,21 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
         names = inspect.signature(model.forward).parameters
         return model(pixel_values=inputs) if next(iter(names), "") == "pixel_values" else model(inputs)
     return model(*inputs)
+
+
+def run_examples(model: nn.Module, inputs: Any) -> Any:
+    """:func:`run_model`, with a message that says what to do when the model fails.
+
+    Raises:
+        ModelError: naming the failure.
+    """
+    try:
+        return run_model(model, inputs)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Pass example_inputs "
+            "that the model accepts."
+        ) from error
 
 
 def _uncompiled() -> AbstractContextManager[None]:

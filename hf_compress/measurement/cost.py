@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..axes.finding import Inputs, example_inputs_for, run_model, undisturbed
-from ..errors import CheckpointError, ModelError
+from ..axes.finding import Inputs, example_inputs_for, run_examples, run_model, undisturbed
+from ..errors import CheckpointError
 from .latency import compare_latency
 
 
@@ -73,13 +73,7 @@ def count_macs(model: nn.Module, example_inputs: Inputs = None) -> int:
     inputs = first_example(example_inputs_for(model) if example_inputs is None else example_inputs)
     counter = FlopCounterMode(display=False)
     with undisturbed(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        try:
-            run_model(model, inputs)
-        except Exception as error:
-            raise ModelError(
-                f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Pass "
-                "example_inputs that the model accepts."
-            ) from error
+        run_examples(model, inputs)
     return counter.get_total_flops() // 2
 
 

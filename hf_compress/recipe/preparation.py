@@ -419,16 +419,17 @@ def _check_budgets(prepared: Prepared) -> None:
     """See that every prune stage has something to remove and that its budget is within reach."""
     recipe, axes, model = prepared.recipe, prepared.axes, prepared.model
     assert axes is not None
+    found: dict[int, Mapping[str, Tensor]] = {}  # number of a method's stage -> the scores that it begins with
     for index, stage in enumerate(recipe.stages):
         here = recipe.where("stages", index)
         try:
             if isinstance(stage, Method):
-                _method_scores(prepared, index)
+                found[index] = _method_scores(prepared, index)
             elif isinstance(stage, PruneStage):
                 from .stages import choose
 
                 source = scoring_stage(recipe, index) if stage.scores == "auto" else None
-                scores = magnitude_scores(model, axes) if source is None else _method_scores(prepared, source)
+                scores = magnitude_scores(model, axes) if source is None else found[source]
                 if stage.support:
                     is_search = source is not None and isinstance(recipe.stages[source], DimensionSearchStage)
                     chosen = "the target of the search names" if is_search else "the slimming stage leaves at zero"

@@ -82,10 +82,7 @@ def _train(prepared: Prepared, index: int, source: Path, partial: Path) -> dict[
         tensors = {f"scores/{name}": value for name, value in callback.scores(model).items()}
         if isinstance(prepared.recipe.stages[index], DimensionSearchStage):
             plan = callback.plan(model)
-            masks = {axis: torch.zeros(plan.axes[axis].size, dtype=torch.bool) for axis in plan.keep}
-            for axis, mask in masks.items():
-                mask[list(plan.keep[axis])] = True
-            tensors |= {f"support/{axis}": mask for axis, mask in masks.items()}
+            tensors |= {f"support/{name}": mask for name, mask in plan.masks(plan.axes).items()}
         elif hasattr(callback, "support"):
             tensors |= {f"support/{name}": value for name, value in callback.support(model).items()}
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "scores.safetensors")

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_compress.axes import AxisGraph, Cost, example_inputs_for
-from hf_compress.axes.finding import Inputs, _one_example, is_standard, run_model, undisturbed
+from hf_compress.axes.finding import Inputs, _one_example, is_standard, run_examples, undisturbed
 from hf_compress.axes.tracing import tensors_in
 from hf_compress.errors import BudgetError, MethodError, ModelError, NothingToShrinkError, PlanError
 
@@ -124,7 +124,7 @@ def _residual_blocks(model: nn.Module, example_inputs: Any) -> list[Block]:
                 handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(after(name), with_kwargs=True))
             with sdpa_kernel(SDPBackend.MATH), counter:
-                _run(model, inputs)
+                run_examples(model, inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -465,20 +465,10 @@ def _inputs(model: nn.Module, example_inputs: Inputs) -> Any:
     return _probe(example_inputs_for(model)) if example_inputs is None else example_inputs
 
 
-def _run(model: nn.Module, inputs: Any) -> Any:
-    try:
-        return run_model(model, inputs)
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} failed on the example inputs ({type(error).__name__}: {error}). Pass example_inputs "
-            "that the model accepts."
-        ) from error
-
-
 def _outputs_of(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """Every tensor that the model returns, by its place."""
     with undisturbed(model), torch.no_grad():
-        output = _run(model, inputs)
+        output = run_examples(model, inputs)
     items = output.items() if isinstance(output, Mapping) else [("output", output)]
     return {f"{key}[{i}]": tensor for key, value in items for i, tensor in enumerate(tensors_in(value))}
 
@@ -538,7 +528,7 @@ def _dissimilarities(model: nn.Module, names: Sequence[str], runs: Iterable[Any]
     handles = [model.get_submodule(n).register_forward_hook(watch(n), with_kwargs=True) for n in names]
     try:
         for run in runs:
-            _run(model, run)
+            run_examples(model, run)
     finally:
         for handle in handles:
             handle.remove()

@@ -104,6 +104,13 @@ def _segformer() -> t.PretrainedConfig:
     )
 
 
+def _depth_anything(kind: type) -> Any:
+    return kind(
+        backbone_config=dinov2(), patch_size=16, reassemble_hidden_size=24, head_hidden_size=12,
+        depth_estimation_type="metric", max_depth=10, **_NECK,
+    )  # fmt: skip
+
+
 def _tipsv2() -> t.PretrainedConfig:
     backbone = t.Tipsv2VisionConfig(
         mlp_ratio=2, out_indices=[1, 2, 3, 4], apply_layernorm=True, reshape_hidden_states=False, **_VIT
@@ -269,10 +276,7 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "chmv2": built(t.CHMv2ForDepthEstimation, _chmv2),
     "depth_anything": built(
         t.DepthAnythingForDepthEstimation,
-        lambda: t.DepthAnythingConfig(
-            backbone_config=dinov2(), patch_size=16, reassemble_hidden_size=24, head_hidden_size=12,
-            depth_estimation_type="metric", max_depth=10, **_NECK,
-        ),
+        lambda: _depth_anything(t.DepthAnythingConfig),
     ),
     "depth_pro": built(t.DepthProForDepthEstimation, _depth_pro),
     "depth_pro, field of view": built(t.DepthProForDepthEstimation, lambda: _depth_pro(use_fov_model=True)),
@@ -280,10 +284,7 @@ ARCHITECTURES: dict[str, Callable[[], Built]] = {
     "glpn": built(t.GLPNForDepthEstimation, _glpn),
     "prompt_depth_anything": built(
         t.PromptDepthAnythingForDepthEstimation,
-        lambda: t.PromptDepthAnythingConfig(
-            backbone_config=dinov2(), patch_size=16, reassemble_hidden_size=24, head_hidden_size=12,
-            depth_estimation_type="metric", max_depth=10, **_NECK,
-        ),
+        lambda: _depth_anything(t.PromptDepthAnythingConfig),
         prompt_depth=_generic(2, 1, 8, 8),
     ),
     "tipsv2_dpt, depth": built(t.Tipsv2DptForDepthEstimation, _tipsv2),
