@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
@@ -20,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from hf_compress.axes import Axis, AxisGraph, find_axes
 from hf_compress.axes.finding import Inputs
 from hf_compress.errors import MethodError, ModelError, NothingToShrinkError
+from hf_compress.surgery.plan import Plan
 
 from .penalties import Penalty
 from .scales import Scales
@@ -75,10 +76,10 @@ class AxisCallback(TrainerCallback, ExportableState):
         self._validate()
         if getattr(args, "deepspeed", None):
             raise MethodError(f"{type(self).__name__} cannot reach parameters under DeepSpeed; use DDP or FSDP2.")
-        _check_finite(model)
+        check_finite(model)
         self.axis_metrics_ = {}
         self.scales_ = self._scales(model)
-        self._claim(model, state)
+        self._claim(model, state, self.scales_.names)
         if self.gamma_init is not None and state.global_step == 0:
             with torch.no_grad():
                 self.scales_.write(torch.full_like(self.scales_.read(), self.gamma_init))
@@ -89,13 +90,7 @@ class AxisCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] = kwargs["logs"]
         if self.scales_ is None or not ("loss" in logs or "train_loss" in logs):
             return
-        vanished = self.scales_.by_axis(self._vanished(model).float())
-        shares = torch.stack([*(part.mean() for part in vanished.values())])
-        overall = torch.cat([*vanished.values()]).mean()
-        *values, total = torch.cat([shares, overall[None]]).tolist()  # the one synchronisation with the device
-        self.axis_metrics_ = {f"sparsity/{name}": value for name, value in zip(vanished, values, strict=True)}
-        logs["sparsity"] = total
-        state.log_history[-1].update({"sparsity": total, **self.axis_metrics_})
+        self._log_sparsity(logs, state, self.scales_.by_axis(self._vanished(model).float()))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,6 +119,21 @@ class AxisCallback(TrainerCallback, ExportableState):
         if not found.isfinite().all():
             raise ModelError("the scales of the model are not finite; the training diverged. Lower the learning rate.")
         return scales.by_axis(found)
+
+    def first_scores(self, model: nn.Module) -> dict[str, Tensor]:
+        """The scores before any training, with the complaints that training would begin with. The model stays as it is.
+
+        Raises:
+            HfCompressError: when the method cannot act on this model, or cannot reach its own target.
+        """
+        return self.scores(model)
+
+    def kept(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """What the method itself, after training, says should stay: axis name -> bool [axis size] on the CPU.
+
+        None for a method that only ranks, and leaves the choice to a budget.
+        """
+        return None
 
     def state(self) -> dict[str, Any]:
         """The constructor's arguments as JSON data; Trainer makes a new callback from them when it resumes."""
@@ -180,26 +190,49 @@ class AxisCallback(TrainerCallback, ExportableState):
                 f"the axes of {type(model).__name__} that have a scale are all inexact (for example "
                 f"{scaled[0].name!r}: {', '.join(scaled[0].reasons)}). Pass inexact=True to act on them."
             )
+        return self._matching(usable, "that has a scale")
+
+    def _matching(self, usable: list[Axis], kind: str) -> list[Axis]:
+        """Those of the axes whose names match :attr:`axes`; ``kind`` says in an error which axes there were."""
         if self.axes is None:
             return usable
         patterns = [self.axes] if isinstance(self.axes, str) else list(self.axes)
         chosen = [axis for axis in usable if any(fnmatch.fnmatchcase(axis.name, pattern) for pattern in patterns)]
         if not chosen:
             names = ", ".join(axis.name for axis in usable[:6])
-            raise NothingToShrinkError(
-                f"axes={self.axes!r} matches no axis that has a scale; the first of these are: {names}."
-            )
+            raise NothingToShrinkError(f"axes={self.axes!r} matches no axis {kind}; the first of these are: {names}.")
         return chosen
 
-    def _claim(self, model: nn.Module, state: TrainerState) -> None:
-        """Refuse a second method on the same scales where one of the two tolerates no other."""
-        assert self.scales_ is not None
+    def _log_sparsity(
+        self,
+        logs: dict[str, float],
+        state: TrainerState,
+        vanished: dict[str, Tensor],
+        extra: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Log shares of vanished indices.
+
+        Args:
+            vanished: axis name -> [axis size], 1 where an index has vanished, else 0.
+            extra: further numbers to log under their names.
+        """
+        shares = torch.stack([*(part.mean() for part in vanished.values())])
+        totals = {"sparsity": torch.cat([*vanished.values()]).mean(), **(extra or {})}
+        # the one synchronisation with the device
+        values = torch.cat([shares, torch.stack([*totals.values()])]).tolist()
+        self.axis_metrics_ = {f"sparsity/{name}": value for name, value in zip(vanished, values, strict=False)}
+        overall = dict(zip(totals, values[len(vanished) :], strict=True))
+        logs.update(overall)
+        state.log_history[-1].update({**overall, **self.axis_metrics_})
+
+    def _claim(self, model: nn.Module, state: TrainerState, parameters: Iterable[str]) -> None:
+        """Refuse a second method on the same parameters where one of the two tolerates no other."""
         # The training's state object tells the claims of this training from those that an aborted one left behind.
         training, claims = _CLAIMS.get(model, (None, []))
         if training is None or training() is not state:
             claims = []
             _CLAIMS[model] = (ref(state), claims)
-        names = frozenset(self.scales_.names)
+        names = frozenset(parameters)
         for other, is_exclusive, taken in claims:
             if (is_exclusive or self.is_exclusive) and names & taken:
                 raise MethodError(
@@ -222,12 +255,41 @@ def check_number(name: str, value: Any, minimum: float, is_open: bool = False) -
         )
 
 
+def plan_of_support(support: Mapping[str, Tensor], magnitude: Mapping[str, Tensor], graph: AxisGraph) -> Plan:
+    """The plan that keeps a support.
+
+    Axes that the architecture forces to keep equally many indices keep as many as the largest support among them.
+
+    Args:
+        support: axis name -> bool [axis size], true where an index is kept; at least one is.
+        magnitude: axis name -> [axis size], what such axes are filled up by.
+        graph: the axes of the model.
+    """
+    support = {name: mask.clone() for name, mask in support.items()}
+    for tied in graph.sizes_tied:
+        if not any(name in support for name in tied):
+            continue
+        count = max(int(support[name].sum()) if name in support else graph[name].size for name in tied)
+        for name in tied:
+            if name in support:
+                # the support first, then by magnitude
+                ranking = magnitude[name] + support[name] * (magnitude[name].max() + 1)
+                support[name][ranking.topk(count).indices] = True
+    keep = {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in support.items() if not mask.all()}
+    return Plan(keep, graph)
+
+
 def _fits(graph: AxisGraph, model: nn.Module) -> bool:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return all(graph.parameter_dims.get(name) == shape for name, shape in shapes.items())
 
 
-def _check_finite(model: nn.Module) -> None:
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model whose training cannot go well.
+
+    Raises:
+        ModelError: naming the parameter that holds NaN or infinity.
+    """
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not local.isfinite().all():

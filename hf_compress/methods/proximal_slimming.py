@@ -23,7 +23,7 @@ from hf_compress.axes.finding import Inputs
 from hf_compress.errors import MethodError, NothingToShrinkError
 from hf_compress.surgery.plan import Plan
 
-from .axis_callback import AxisCallback, Grouping, check_number
+from .axis_callback import AxisCallback, Grouping, check_number, plan_of_support
 from .penalties import L1, Penalty, as_penalty
 from .scales import Scales
 
@@ -225,6 +225,10 @@ class ProximalSlimmingCallback(AxisCallback):
                 support[name][gamma[name].argmax()] = True
         return support
 
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        """The support; see :meth:`support`."""
+        return self.support(model)
+
     def plan(self, model: nn.Module) -> Plan:
         """The support as a plan, for ``shrink(model, plan, fold_shift=True)``.
 
@@ -237,20 +241,7 @@ class ProximalSlimmingCallback(AxisCallback):
         Raises:
             NothingToShrinkError: when no axis has a scale.
         """
-        support = self.support(model)
-        graph = self._graph(model)
-        magnitude = self._scales_magnitude(model)
-        for tied in graph.sizes_tied:
-            if not any(name in support for name in tied):
-                continue
-            count = max(int(support[name].sum()) if name in support else graph[name].size for name in tied)
-            for name in tied:
-                if name in support:
-                    # the support first, then by the size of the scales
-                    ranking = magnitude[name] + support[name] * (magnitude[name].max() + 1)
-                    support[name][ranking.topk(count).indices] = True
-        keep = {name: tuple(mask.nonzero().flatten().tolist()) for name, mask in support.items() if not mask.all()}
-        return Plan(keep, graph)
+        return plan_of_support(self.support(model), self._scales_magnitude(model), self._graph(model))
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

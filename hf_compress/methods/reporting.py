@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback
 
 from .axis_callback import AxisCallback
+from .trained_rank_pruning import TrainedRankPruningCallback
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -64,7 +65,7 @@ def _sorted(handler: CallbackHandler) -> list[TrainerCallback]:
     def rank(callback: TrainerCallback) -> int:
         if isinstance(callback, DefaultFlowCallback):
             return 0
-        if isinstance(callback, AxisCallback):
+        if isinstance(callback, (AxisCallback, TrainedRankPruningCallback)):
             return 1
         if isinstance(callback, _Order):
             return 2 if callback.is_first else 4

@@ -14,13 +14,26 @@ import torch.distributed
 from slimming_training import SCALED_INPUTS, Images, make_trainer, scaled_classifier
 
 from hf_compress.methods import DimensionSearchCallback, NetworkSlimmingCallback, ProximalSlimmingCallback
+from hf_compress.methods.sparse_group import SparseGroupCallback
+from hf_compress.methods.trained_rank_pruning import TrainedRankPruningCallback
 
 METHODS = {
     "l1": lambda: NetworkSlimmingCallback("l1", 0.05, example_inputs=SCALED_INPUTS),
     "group": lambda: NetworkSlimmingCallback("l1", 0.05, grouping="axis", example_inputs=SCALED_INPUTS),
     "search": lambda: DimensionSearchCallback(0.5, 0.4, 0, kinds="mlp", min_keep=1, example_inputs=SCALED_INPUTS),
+    "sparse_group": lambda: SparseGroupCallback("l0", strength=2e-2, split=0.5, example_inputs=SCALED_INPUTS),
     "proximal": lambda: ProximalSlimmingCallback(2.0, 1.0, example_inputs=SCALED_INPUTS),
+    # settings whose singular values are well apart where they are cut, so that rounding is not amplified
+    "rank": lambda: TrainedRankPruningCallback(0.2, 5, nuclear=1e-3, targets="Linear"),
+    "rank_all": lambda: TrainedRankPruningCallback(0.2, 5, nuclear=1e-3, nuclear_steps="all", targets="Linear"),
 }
+
+
+def scores(callback, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What the method found: scores, or ranks."""
+    if hasattr(callback, "scores"):
+        return callback.scores(model)
+    return {name: torch.tensor([float(rank)]) for name, rank in callback.ranks(model).items()}
 
 
 def trained(method: str, folder: Path, batch: int, **arguments) -> dict:
@@ -30,7 +43,7 @@ def trained(method: str, folder: Path, batch: int, **arguments) -> dict:
     )
     trainer.train()
     log = [entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry]
-    return {"weights": model.state_dict(), "scores": callback.scores(model), "sparsity": log}
+    return {"weights": model.state_dict(), "scores": scores(callback, model), "sparsity": log}
 
 
 def stepped(method: str, is_sharded: bool) -> dict:
@@ -53,17 +66,19 @@ def stepped(method: str, is_sharded: bool) -> dict:
     }
     for _ in range(6):
         optimizer.zero_grad()
+        callback.on_step_begin(SimpleNamespace(), state, None, **hooks)
         model(**batch)["loss"].backward()
         callback.on_pre_optimizer_step(SimpleNamespace(), state, None, **hooks)
         optimizer.step()
         callback.on_optimizer_step(SimpleNamespace(), state, None, **hooks)
     callback.on_train_end(SimpleNamespace(), state, None, **hooks)
     full = {name: value.full_tensor() if is_sharded else value for name, value in model.state_dict().items()}
-    return {"weights": full, "scores": callback.scores(model), "sparsity": []}
+    return {"weights": full, "scores": scores(callback, model), "sparsity": []}
 
 
 class SimpleNamespaceState:
     global_step = 0
+    epoch = 0.0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from hf_compress.methods import (
     ProximalSlimmingCallback,
     TransformedL1,
 )
+from hf_compress.methods.sparse_group import SparseGroupCallback
+from hf_compress.methods.trained_rank_pruning import TrainedRankPruningCallback
 from hf_compress.surgery import select, shrink
 
 METHODS = {
@@ -30,8 +32,18 @@ METHODS = {
     "proximal": lambda **options: ProximalSlimmingCallback(2.0, 1.0, gamma_init=0.5, **options),
     "proximal_mcp": lambda **options: ProximalSlimmingCallback(2.0, 1.0, penalty={"name": "mcp", "a": 2.0}, **options),
     "proximal_by_scale": lambda **options: ProximalSlimmingCallback(2.0, 1.0, grouping="scale", **options),
+    "sparse_group": lambda **options: SparseGroupCallback("l0", strength=1e-3, split=0.1, growth_every=1, **options),
     "search": lambda **options: DimensionSearchCallback(0.5, kinds=["channels"], **options),
+    "rank": lambda **options: TrainedRankPruningCallback(0.1, 2, nuclear=1e-3),  # acts on layers, not on axes
+    "rank_all_steps": lambda **options: TrainedRankPruningCallback(0.1, 2, nuclear=1e-3, nuclear_steps="all"),
 }
+
+
+def found_by(callback, model):
+    """Scores, or the ranks of layers."""
+    if hasattr(callback, "scores"):
+        return callback.scores(model)
+    return {name: torch.tensor(rank) for name, rank in callback.ranks(model).items()}
 
 
 def built(family):
@@ -74,7 +86,7 @@ def test_trained_scored_and_shrunk_or_refused(method, family, tmp_path):
             assert torch.equal(score, scores[name][list(plan.keep[name])])
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "search"])  # it brings scores of its own
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("search", "sparse_group") and "rank" not in m])
 def test_scores_order_by_the_size_of_scales(method, tmp_path):
     """With one scale set to nothing, its index scores lowest; scores do not depend on signs."""
     model, inputs = built("plain_cnn")
@@ -101,7 +113,9 @@ def test_arguments_survive_a_checkpoint(method):
 
 
 @pytest.mark.parametrize("restore", [False, True], ids=["same_callback", "restored_callback"])
-@pytest.mark.parametrize("method", ["l1", "proximal", "proximal_by_scale", "search"])
+@pytest.mark.parametrize(
+    "method", ["l1", "proximal", "proximal_by_scale", "search", "sparse_group", "rank", "rank_all_steps"]
+)
 def test_interrupted_run_ends_in_the_same_weights(method, restore, tmp_path):
     """Bit for bit. With restored callbacks, the strength comes from the checkpoint."""
     options = {
@@ -113,19 +127,19 @@ def test_interrupted_run_ends_in_the_same_weights(method, restore, tmp_path):
     options["size"] = inputs["pixel_values"].shape[-1]
     callback = METHODS[method](example_inputs=inputs)
     make_trainer(model, [callback], tmp_path, **options).train()
-    expected, expected_scores = weights(model), callback.scores(model)
+    expected, expected_scores = weights(model), found_by(callback, model)
 
     model, _ = built("plain_preactivation")
     callback = METHODS[method](example_inputs=inputs)
     if restore:
-        callback.strength = 77.0
+        callback.strength = callback.nuclear = 77.0
     trainer = make_trainer(model, [callback], tmp_path, **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert trainer.state.global_step == 6
     found = weights(model)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     if not restore:  # else the object at hand is not the one that trained
-        for name, score in callback.scores(model).items():
+        for name, score in found_by(callback, model).items():
             assert torch.equal(score, expected_scores[name])
     if hasattr(callback, "support"):
         (acting,) = (c for c in trainer.callback_handler.callbacks if type(c) is type(callback))
@@ -133,7 +147,7 @@ def test_interrupted_run_ends_in_the_same_weights(method, restore, tmp_path):
             assert torch.equal(callback.support(model)[name], mask)
 
 
-@pytest.mark.parametrize("method", ["l1", "proximal", "search"])
+@pytest.mark.parametrize("method", ["l1", "proximal", "search", "sparse_group", "rank", "rank_all_steps"])
 def test_checkpoints_load_and_the_final_model_is_clean(method, tmp_path):
     model, inputs = built("resnet_basic")
     callback = METHODS[method](example_inputs=inputs)
@@ -151,7 +165,7 @@ def test_checkpoints_load_and_the_final_model_is_clean(method, tmp_path):
     assert not report["missing_keys"] and all("hf_compress_" in key for key in report["unexpected_keys"])
 
 
-@pytest.mark.parametrize("method", ["l1", "proximal"])
+@pytest.mark.parametrize("method", ["l1", "proximal", "sparse_group"])
 def test_resuming_on_the_same_trainer_says_what_is_lost(method, tmp_path, caplog):
     model, inputs = built("plain_cnn")
     callback = METHODS[method](example_inputs=inputs)
@@ -162,5 +176,5 @@ def test_resuming_on_the_same_trainer_says_what_is_lost(method, tmp_path, caplog
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     finally:
         transformers.utils.logging.disable_propagation()
-    assert ("holds no auxiliary variable" in caplog.text) == (method == "proximal")
+    assert ("holds no auxiliary variable" in caplog.text) == (method != "l1")
     assert not any("hf_compress" in key for key in model.state_dict())

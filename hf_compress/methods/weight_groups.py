@@ -1,0 +1,305 @@
+"""The weights of a model in groups, each of which makes or feeds one index of one axis.
+
+Norms over groups and multiplications by one number per group take a handful of tensor operations per parameter, whatever
+the number of groups. Like :class:`~hf_compress.methods.scales.Scales`, it gathers and sums in a fixed order, so that
+results are bit-identical on every process and in every run.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from hf_compress.axes import Axis, AxisGraph, Member
+from hf_compress.errors import ModelError, NothingToShrinkError
+
+from .scales import _as, _local, _whole
+
+_AT_ONCE = 1 << 15  # numbers
+
+Slices = Literal["auto", "producers", "readers"]
+
+
+class _Slot(NamedTuple):
+    """One dimension of one parameter that groups run along; ``start`` is its place in the row of all positions."""
+
+    parameter: int
+    dim: int
+    start: int
+    end: int
+
+
+class WeightGroups:
+    """The weights that some axes put into groups.
+
+    An axis has a group for every index and every side that is taken: ``producers`` are the slices that make the index
+    (filters, rows of a linear layer, heads, with their biases and the scale and shift of a norm), ``readers`` the slices
+    of the linear layers that read it (their columns: "input units"). An index is gone as soon as one of its groups is.
+
+    Args:
+        model: holds the parameters that the axes name.
+        graph: the axes of the model.
+        axes: those that are used.
+        slices: ``"producers"``, ``"readers"``, or ``"auto"``: linear layers by their inputs and convolutions by their
+            outputs; a linear layer whose inputs are no axis in use goes by its outputs.
+
+    Attributes:
+        names: the parameters, each once; frozen ones are left out.
+        matrices: those of the names that are weights of linear layers and convolutions; they come first.
+        matrix_length: number of their entries, the first in a flat vector.
+        sizes: axis name -> number of indices.
+        key: eight digits that stand for the axes and parameters.
+        length: number of entries of all parameters.
+        counts: [g], how many entries each group has; groups may overlap (the heads and the dimensions in heads).
+
+    Raises:
+        NothingToShrinkError: when no axis has a group with a trainable matrix.
+        ModelError: when the model has no such parameter.
+    """
+
+    def __init__(self, model: nn.Module, graph: AxisGraph, axes: Iterable[Axis], slices: Slices = "auto") -> None:
+        def rank(member: Member) -> int:
+            return len(graph.parameter_dims[member.parameter])
+
+        parameters = dict(model.named_parameters())
+        modules = dict(model.named_modules())
+        sides = _sides(graph, list(axes), slices)
+        if missing := [m.parameter for _, found in sides for m in found if m.parameter not in parameters]:
+            missing = [name for name in missing if name not in dict(model.named_buffers())]
+            if missing:
+                raise ModelError(
+                    f"the model has no parameter {missing[0]!r}, on which its axes were found. Wrappers that flatten or "
+                    "rename parameters (DeepSpeed, FSDP1) are not supported; use FSDP2 or DDP."
+                )
+        kept: list[tuple[Axis, Sequence[Member]]] = []
+        for axis, found in sides:
+            trained = [m for m in found if m.parameter in parameters and parameters[m.parameter].requires_grad]
+            if any(parameters[m.parameter].dim() > 1 for m in trained):
+                kept.append((axis, trained))
+        if not kept:
+            raise NothingToShrinkError(
+                f"no weights of {type(model).__name__} that can be trained make an index of an axis. Unfreeze them, or "
+                "choose other axes."
+            )
+        names = dict.fromkeys(member.parameter for _, members in kept for member in members)
+        # matrices first, then other parameters of several dimensions, then vectors, so that most steps take one operation
+        self.names = sorted(names, key=lambda name: (not _is_matrix(name, modules), parameters[name].dim() == 1))
+        self.parameters = [parameters[name] for name in self.names]
+        self.shapes = [parameter.shape for parameter in self.parameters]
+        self.lengths = [parameter.numel() for parameter in self.parameters]
+        self.length = sum(self.lengths)
+        self.matrices = [name for name in self.names if _is_matrix(name, modules)]
+        self.matrix_length = sum(parameters[name].numel() for name in self.matrices)
+        self.device = self.parameters[0].device
+        self.dtype = torch.promote_types(max((p.dtype for p in self.parameters), key=_bits), torch.float32)
+        self._is_plain = all(
+            p.dtype == self.dtype and p.device == self.device and not hasattr(p, "full_tensor") for p in self.parameters
+        )
+        place = {name: i for i, name in enumerate(self.names)}
+        wide = {(place[m.parameter], m.dim): None for _, members in kept for m in members if rank(m) > 1}
+        slots: dict[tuple[int, int], _Slot] = {}
+        end = 0
+        for parameter, dim in wide:
+            slots[parameter, dim] = _Slot(parameter, dim, end, end + self.shapes[parameter][dim])
+            end = slots[parameter, dim].end
+        self._slots = list(slots.values())
+        # the positions of vectors follow, in the order of the flat vector
+        self._first_vector, self._vector_start = end, 0
+        for parameter, shape in enumerate(self.shapes):
+            if len(shape) == 1:
+                slots[parameter, 0] = _Slot(parameter, 0, end, end + shape[0])
+                end += shape[0]
+            else:
+                self._vector_start += self.lengths[parameter]
+        rows: list[list[int]] = []
+        layers: list[dict[int, int]] = []  # position -> group; positions appear in a further layer when they are taken
+        counts: list[int] = []
+        for _, members in kept:
+            first = len(rows)
+            size = members[0].positions.shape[0]
+            rows += [[] for _ in range(size)]
+            counts += [0] * size
+            layer = next(
+                (layer for layer in layers if not any(p in layer for p in _places(members, slots, place))), None
+            )
+            if layer is None:
+                layers.append(layer := {})
+            for member in members:
+                slot = slots[place[member.parameter], member.dim]
+                shape = self.shapes[slot.parameter]
+                weight = self.lengths[slot.parameter] // shape[slot.dim]
+                for index, positions in enumerate((member.positions + slot.start).tolist()):
+                    rows[first + index] += positions
+                    counts[first + index] += weight * len(positions)
+                    layer.update(dict.fromkeys(positions, first + index))
+        is_matrix_position = torch.zeros(end + 1, dtype=torch.bool)
+        is_matrix_position[: self._first_vector] = True
+        width = max(map(len, rows))
+        entries = torch.tensor([row + [end] * (width - len(row)) for row in rows])
+        self._entries = entries.to(self.device)
+        self._is_matrix_entry = is_matrix_position[entries].to(self.device)
+        # a position without a group gets the number of groups, the place of an appended one
+        owners = torch.full((len(layers), end), len(rows))
+        for row, layer in zip(owners, layers, strict=True):
+            row[torch.tensor(list(layer))] = torch.tensor(list(layer.values()))
+        self._owners = owners.to(self.device)
+        self.counts = torch.tensor(counts, device=self.device, dtype=self.dtype)
+        self.sides = [(axis.name, axis.size) for axis, _ in kept]
+        self._members = [(axis.name, place[m.parameter], m.dim, m.positions) for axis, members in kept for m in members]
+        self.model = ref(model)
+        self._viewed: tuple[Tensor, list[Tensor], list[Tensor]] | None = None
+        self.sizes = {name: size for name, size in self.sides}
+        content = [*(f"{name} {size}" for name, size in self.sides), *self.names]
+        self.key = f"{zlib.crc32(chr(10).join(content).encode()):08x}"
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        """All entries, [length], in :attr:`dtype`; into ``out`` if given. Collective when parameters are sharded."""
+        out = torch.empty(self.length, dtype=self.dtype, device=self.device) if out is None else out
+        torch._foreach_copy_(self.views(out), self._whole())
+        return out
+
+    def write(self, flat: Tensor) -> None:
+        """Set all entries."""
+        targets = [_local(parameter.detach()) for parameter in self.parameters]
+        torch._foreach_copy_(targets, [_as(v, p) for v, p in zip(self.views(flat), self.parameters, strict=True)])
+
+    def pull_gradients(self, flat: Tensor, strength: float) -> None:
+        """Add ``strength * (parameters - flat)`` to the gradients; parameters without one are left alone."""
+        views, wholes = self.views(flat), self._whole()
+        found = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
+        if not found:
+            return
+        if self._is_plain:
+            gradients: list[Tensor] = [self.parameters[i].grad for i in found]  # type: ignore[misc]
+            torch._foreach_add_(gradients, [wholes[i] for i in found], alpha=strength)
+            torch._foreach_add_(gradients, [views[i] for i in found], alpha=-strength)
+            return
+        for i in found:
+            gradient = _local(self.parameters[i].grad)  # type: ignore[arg-type]
+            gradient += _as(wholes[i] - views[i], self.parameters[i]).to(gradient.dtype) * strength
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """A flat vector [length] as one tensor for every parameter."""
+        if self._viewed is None or self._viewed[0] is not flat:  # as good as always the same vector
+            parts = zip(flat.split(self.lengths), self.shapes, strict=True)
+            views = [part.view(shape) for part, shape in parts]
+            slices = [_sliced(views[slot.parameter], slot.dim) for slot in self._slots]
+            self._viewed = flat, views, slices
+        return self._viewed[1]
+
+    def _slices(self, flat: Tensor) -> list[Tensor]:
+        """For every slot a view [before, size of the dimension, after]."""
+        self.views(flat)
+        assert self._viewed is not None
+        return self._viewed[2]
+
+    def _whole(self) -> list[Tensor]:
+        if self._is_plain:
+            return [parameter.detach() for parameter in self.parameters]
+        return [_whole(parameter.detach()).to(self.device, self.dtype) for parameter in self.parameters]
+
+    # -- per group ----------------------------------------------------------------------------------------------
+
+    def norms(self, flat: Tensor) -> Tensor:
+        """[length] -> [g]: the Euclidean norm of every group; 0 also where none of a group's matrix entries is left.
+
+        A filter of zeros emits a constant; its bias and its norm's scale and shift are no reason to keep it.
+        """
+        norms = [_norms(part) for part in self._slices(flat)]
+        norms += [flat[self._vector_start :], flat.new_zeros(1)]
+        gathered = torch.cat(norms).square_()[self._entries]
+        return torch.where((gathered * self._is_matrix_entry).sum(1) > 0, gathered.sum(1), 0).sqrt()
+
+    def scale_(self, flat: Tensor, factors: Tensor) -> None:
+        """Multiply every group in ``flat`` by its factor [g], in place."""
+        slices = self._slices(flat)
+        sizes = [*(part.shape[1] for part in slices), len(flat) - self._vector_start]
+        for owners in torch.cat([factors, factors.new_ones(1)])[self._owners]:
+            *parts, last = owners.split(sizes)
+            for part, factor in zip(slices, parts, strict=True):
+                part.mul_(factor[:, None])
+            flat[self._vector_start :].mul_(last)
+
+    def restore_(self, flat: Tensor, source: Tensor, axis: str, index: int) -> None:
+        """Copy the groups of one index of an axis from ``source`` [length] to ``flat``."""
+        into, out = self.views(flat), self.views(source)
+        for name, parameter, dim, positions in self._members:
+            if name == axis:
+                chosen = positions[index].to(self.device)
+                into[parameter].index_copy_(dim, chosen, out[parameter].index_select(dim, chosen))
+
+    def by_axis(self, values: Tensor) -> dict[str, Tensor]:
+        """[g], at least 0 -> axis name -> [axis size]: the smaller number where an index has two groups."""
+        found: dict[str, Tensor] = {}
+        for (name, _), part in zip(self.sides, values.split([size for _, size in self.sides]), strict=True):
+            found[name] = torch.minimum(found[name], part) if name in found else part
+        return found
+
+    def by_side(self, values: Tensor) -> list[Tensor]:
+        """[g] -> one [axis size] for every axis and side."""
+        return list(values.split([size for _, size in self.sides]))
+
+
+def _sliced(value: Tensor, dim: int) -> Tensor:
+    before = math.prod(value.shape[:dim])
+    return value.view(before, value.shape[dim], -1)
+
+
+def _norms(part: Tensor) -> Tensor:
+    """[before, size, after] -> [size]: Euclidean norms."""
+    if part.shape[0] == 1:
+        return torch.linalg.vector_norm(part[0], dim=1)
+    if part.shape[2] == 1:  # columns: several times as fast as a norm, while what is squared stays in a CPU's cache
+        rows = part[:, :, 0].split(max(1, _AT_ONCE // part.shape[1]))
+        return torch.stack([chunk.square().sum(0) for chunk in rows]).sum(0).sqrt_()
+    return torch.linalg.vector_norm(part, dim=(0, 2))
+
+
+def _places(members: Sequence[Member], slots: dict[tuple[int, int], _Slot], place: dict[str, int]) -> list[int]:
+    return [
+        position
+        for member in members
+        for position in (member.positions + slots[place[member.parameter], member.dim].start).flatten().tolist()
+    ]
+
+
+def _sides(graph: AxisGraph, axes: list[Axis], slices: Slices) -> list[tuple[Axis, tuple[Member, ...]]]:
+    """The members of every group: (axis, members), up to two for an axis."""
+    contracted = {(item.weight, item.dim) for item in graph.contractions}
+
+    def rank(member: Member) -> int:
+        return len(graph.parameter_dims[member.parameter])
+
+    def readers(axis: Axis) -> tuple[Member, ...]:
+        made = {(member.parameter, member.dim) for member in axis.producers}
+        found = [m for m in axis.members if rank(m) > 1 and (m.parameter, m.dim) not in made]
+        is_linear = all(rank(m) == 2 and (m.parameter, m.dim) in contracted for m in found)
+        return tuple(found) if is_linear else ()
+
+    read = [(axis, members) for axis in axes if slices != "producers" and (members := readers(axis))]
+    covered = {member.parameter for _, members in read for member in members}
+    made = [
+        (axis, axis.producers)
+        for axis in axes
+        if slices == "producers"
+        or (slices == "auto" and any(m.parameter not in covered for m in axis.producers if rank(m) > 1))
+    ]
+    return made + read
+
+
+def _is_matrix(name: str, modules: dict[str, nn.Module]) -> bool:
+    path, _, last = name.rpartition(".")
+    return last == "weight" and isinstance(modules[path], (nn.Linear, nn.modules.conv._ConvNd))
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
+
+
+__all__ = ["Slices", "WeightGroups"]
