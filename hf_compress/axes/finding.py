@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_compress.errors import ModelError
 
-from . import rules  # noqa: F401  (importing it fills the table of rules)
+from . import fourier, rules  # noqa: F401  (importing them fills the table of rules)
 from .algebra import (
     Index,
     Polynomial,
@@ -256,7 +256,8 @@ _RESTORED = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 @contextmanager
 def undisturbed(model: nn.Module) -> Any:
     """Evaluation mode for the duration; modes, attributes, caches, buffers and random states come back."""
-    namespaces = [(vars(module), dict(vars(module))) for module in model.modules()]
+    modules = list(model.modules())
+    namespaces = [(vars(module), dict(vars(module))) for module in modules]
     containers = [
         (value, dict(value) if isinstance(value, dict) else list(value))
         for _, saved in namespaces
@@ -266,7 +267,7 @@ def undisturbed(model: nn.Module) -> Any:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     random_state, torch_state = random.getstate(), torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    dicts = [held for module in model.modules() for held in held_dicts(module)]
+    dicts = [held for module in modules for held in held_dicts(module)]
     containers += [(held, dict(held)) for held in dicts]
     for held in dicts:  # a tensor that an earlier evaluation cached would hide the parameter that it was made from
         if is_cache(held):
@@ -573,9 +574,11 @@ def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
             for leaf, where in found.items():
                 members.setdefault(leaf, []).append(Member(name, dim, torch.from_numpy(where.copy())))
 
-    float_parameters = {name for name, p in model.named_parameters() if p.is_floating_point()}
+    parameters = dict(model.named_parameters())
+    parameter_names = set(parameters)
+    float_parameters = {name for name, p in parameters.items() if p.is_floating_point()}
     floats = float_parameters | {name for name, b in model.named_buffers() if b.is_floating_point()}
-    names = _names(members, consumed, float_parameters)
+    names = _names(members, consumed, float_parameters, _ranks(model, members))
     ordered = list(names)
     place = {leaf: i for i, leaf in enumerate(ordered)}
     labels, dense = [names[leaf] for leaf in ordered], [leaf.size for leaf in ordered]
@@ -596,7 +599,6 @@ def _build(model: nn.Module, tracer: Tracer) -> AxisGraph:
     for term in tracer.costs:
         add_into(macs, multiply([size_polynomial(dim) for dim in term.dims]), int(term.coefficient))
     params: Polynomial = {}
-    parameter_names = {name for name, _ in model.named_parameters()}
     for name, value in tracer.parameters.items():
         if name in parameter_names:
             add_into(params, multiply([size_polynomial(dim) for dim in value.dims]))
@@ -680,7 +682,20 @@ def _has_one_number_each(member: Member, tracer: Tracer) -> bool:
     return len(tracer.parameters[member.parameter].dims) == 1 and member.positions.shape[1] == 1
 
 
-def _names(members: dict[Index, list[Member]], consumed: set[tuple[str, int]], floats: set[str]) -> dict[Index, str]:
+def _ranks(model: nn.Module, members: dict[Index, list[Member]]) -> dict[Index, str]:
+    """Path of the layer in two factors (a module with a ``rank``) for every leaf that only passes between these."""
+    found = {}
+    for leaf, where in members.items():
+        paths = {member.parameter.rpartition(".")[0].rpartition(".")[0] for member in where}
+        if len(paths) == 1 and len(where) == 2 and hasattr(type(model.get_submodule(path := paths.pop())), "rank"):
+            if {(f"{path}.first.weight", 0), (f"{path}.second.weight", 1)} == {(m.parameter, m.dim) for m in where}:
+                found[leaf] = path
+    return found
+
+
+def _names(
+    members: dict[Index, list[Member]], consumed: set[tuple[str, int]], floats: set[str], ranks: dict[Index, str]
+) -> dict[Index, str]:
     """A readable, unique and stable name for every leaf that has a producer, in model order."""
     chosen: dict[Index, str] = {}
     first: dict[Index, Member] = {}
@@ -699,6 +714,8 @@ def _names(members: dict[Index, list[Member]], consumed: set[tuple[str, int]], f
         name = base
         if sharing[member.parameter, member.dim] > 1 or leaf.role in ("heads", "head_dim", "value_dim", "groups"):
             name = f"{base}:{leaf.role or 'part'}"
+        if leaf in ranks:
+            name = f"{ranks[leaf]}:rank"
         suffix = 2
         unique = name
         while unique in taken:

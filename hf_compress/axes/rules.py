@@ -460,7 +460,7 @@ def _matmul(call: Call, first: Tensor, second: Tensor) -> Value:
     operands = [value.dirty for value in (a, b) if value.stored is None]
     call.tracer.needs_zero(a.dims[-1], *(operands or [a.dirty]))
     dims = [*batch, a.dims[-2], b.dims[-1]]
-    call.tracer.count(1, *dims, a.dims[-1])
+    call.tracer.count(4 if call.output.is_complex() else 1, *dims, a.dims[-1])  # real multiply-accumulates
     if len(batch) > 1 and a.stored is None and b.stored is None:  # query @ key, or weights @ value
         name_role(batch[-1], "heads")
         name_role(a.dims[-1], "head_dim")

@@ -490,7 +490,7 @@ def tensors_in(nested: Any) -> list[Tensor]:
     pending = [nested]
     while pending:
         item = pending.pop()
-        if type(item) in _PLAIN:
+        if type(item) in _PLAIN or isinstance(item, nn.Module):
             continue
         if isinstance(item, Tensor):
             found.append(item)

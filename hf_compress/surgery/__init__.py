@@ -1,6 +1,7 @@
 """Make a model smaller: scores and a budget give a plan, the plan is cut, a record remembers it."""
 
 from .blocks import Block, block_scores, find_blocks, remove_blocks, select_blocks
+from .factorize import FactorizeReport, factorize, factorize_report
 from .importance import importance, magnitude_scores
 from .plan import Plan
 from .select import select
@@ -10,11 +11,14 @@ from .skeleton import Record, apply_record, record_of
 
 __all__ = [
     "Block",
+    "FactorizeReport",
     "Plan",
     "Record",
     "ShiftReport",
     "apply_record",
     "block_scores",
+    "factorize",
+    "factorize_report",
     "find_blocks",
     "importance",
     "magnitude_scores",

@@ -25,6 +25,7 @@ from .skeleton import (
     PartialShape,
     Record,
     Shape,
+    child_name,
     derived_changes,
     local_shapes,
     named_tensors,
@@ -84,7 +85,7 @@ def shrink(
         biases = ()
     cut = _cut(model, plan, axes, biases)
     record = (earlier or Record()).merge(Record(cut.shapes, cut.attributes, biases))
-    added = {_child(path, "bias") for path in record.biases}  # their shapes follow from the weights
+    added = {child_name(path, "bias") for path in record.biases}  # their shapes follow from the weights
     shapes = {name: shape for name, shape in record.shapes.items() if name not in added}
     attach_record(model, replace(record, shapes=shapes))
     return model
@@ -97,6 +98,7 @@ def prune(
     batches: Batches = None,
     macs: Budget = None,
     params: Budget = None,
+    latency: float | None = None,
     ratio: float | Mapping[str, float] | None = None,
     round_to: int = 1,
     min_keep: int = 1,
@@ -111,8 +113,8 @@ def prune(
         scores: a method of :func:`hf_compress.importance` ("magnitude", "group_norm", "taylor", "fisher", "random"), or
             axis name -> score of every index (a callback's ``scores(model)``).
         batches: for "taylor" and "fisher": batches with labels, as a ``DataLoader`` gives them.
-        macs, params, ratio, round_to, min_keep, inexact: see :func:`hf_compress.select`; half of the MACs when no
-            budget is given.
+        macs, params, latency, ratio, round_to, min_keep, inexact: see :func:`hf_compress.select`; half of the MACs when no
+            budget is given. For a ``latency``, operators are timed on this machine (see :class:`LatencyTable`).
         fold_shift, example_inputs: see :func:`hf_compress.shrink`.
 
     Returns:
@@ -121,7 +123,7 @@ def prune(
     Raises:
         NothingToShrinkError, BudgetError, PlanError, MethodError, DataError, ModelError: before the model is changed.
     """
-    if macs is None and params is None and ratio is None:
+    if macs is None and params is None and latency is None and ratio is None:
         macs = 0.5
     record_of(model)  # refuses a foreign quantization before time is spent
     if isinstance(scores, str):
@@ -129,8 +131,22 @@ def prune(
     axes = find_axes(model, example_inputs)
     if isinstance(scores, str):
         scores = importance(model, axes, method=scores, batches=batches)
+    table = None
+    if latency is not None:
+        from hf_compress.measurement.latency_table import LatencyTable  # which knows plans
+
+        table = LatencyTable.for_model(model, axes, example_inputs)
     plan = select(
-        axes, scores, macs=macs, params=params, ratio=ratio, round_to=round_to, min_keep=min_keep, inexact=inexact
+        axes,
+        scores,
+        macs=macs,
+        params=params,
+        latency=latency,
+        latency_table=table,
+        ratio=ratio,
+        round_to=round_to,
+        min_keep=min_keep,
+        inexact=inexact,
     )
     return shrink(model, plan, fold_shift=fold_shift, example_inputs=example_inputs)
 
@@ -155,7 +171,7 @@ def _cut(model: nn.Module, plan: Plan, axes: AxisGraph, new_biases: Sequence[str
 
     ``new_biases`` names layers whose bias the axes do not know: it follows the first dimension of their weight.
     """
-    stand_ins = {_child(path, "bias"): (_child(path, "weight"), 0) for path in new_biases}
+    stand_ins = {child_name(path, "bias"): (child_name(path, "weight"), 0) for path in new_biases}
     masks = plan.masks(axes)
     tensors = dict(named_tensors(model))
     aliases: dict[int, list[str]] = {}
@@ -228,10 +244,6 @@ def _rescaled(tensor: Tensor, rescales: Sequence[Rescale], sizes: Mapping[str, i
     return tensor
 
 
-def _child(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def attach_record(model: nn.Module, record: Record) -> None:
     """Let a model carry its record: in its own copy of the configuration, or as an attribute where it has none."""
     if not record:
@@ -241,7 +253,9 @@ def attach_record(model: nn.Module, record: Record) -> None:
         model.hf_compress_record = record  # type: ignore[assignment]
         return
     own = copy.deepcopy(config)  # another model may have been built from the same configuration object
-    own.quantization_config = {"quant_method": "hf_compress", "record": record.to_json()}
+    held = getattr(own, "quantization_config", None) or {}
+    others = {name: value for name, value in dict(held).items() if name == "storage"}
+    own.quantization_config = {"quant_method": "hf_compress", "record": record.to_json(), **others}
     for module in model.modules():
         if vars(module).get("config") is config:
             module.config = own

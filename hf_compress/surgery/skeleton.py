@@ -2,9 +2,11 @@
 
 ``{"version": 1, "shapes": {tensor: [int | null]}, "attributes": {module: {name: int | [ints]}}, "biases": [modules]}``
 
-and, where whole blocks are gone, ``"version": 2`` and ``"removed": {list of modules: [positions]}``. ``removed`` speaks of
-the model as its configuration builds it, so that no entry depends on another; all other fields speak of the model after
-these removals, and so name tensors as the checkpoint does.
+and, where whole blocks are gone, ``"version": 2`` and ``"removed": {list of modules: [positions]}``, and, where layers
+are in two factors, ``"version": 3`` and ``"factorized": {module: {"scheme": name, "rank": int}}``. ``removed`` speaks of the
+model as its configuration builds it, so that no entry depends on another; all other fields speak of the model after these
+removals, and so name modules as the checkpoint does. ``factorized`` speaks of layers in the size that the configuration
+builds; the three fields that follow speak of the model with its factors.
 
 A record is read from checkpoints of unknown origin, so it is data and nothing else. Its strings are looked up among the
 tensors and modules that exist and in the closed vocabulary :data:`~hf_compress.axes.attributes.SIZE_ATTRIBUTES`; its
@@ -25,11 +27,15 @@ from torch import Tensor, nn
 from hf_compress.axes.attributes import SIZE_ATTRIBUTES
 from hf_compress.errors import ModelError, RecordError
 
-RECORD_VERSION = 2  # version 1 had no removed blocks, and is still what a record without them is written in
+from .decomposition import DECOMPOSABLE, SCHEMES, Scheme, can_decompose, full_rank
+from .factorized import factorized_shell
+
+RECORD_VERSION = 3  # 2 had no factors, 1 no removed blocks; records are written in the oldest that can say them
 
 _FIELDS = {
     1: ("version", "shapes", "attributes", "biases"),
     2: ("version", "removed", "shapes", "attributes", "biases"),
+    3: ("version", "removed", "factorized", "shapes", "attributes", "biases"),
 }
 _LONGEST_SHOWN = 60
 _MOST_ENTRIES = 100_000  # of one field; the largest models of transformers have a few thousand tensors
@@ -51,23 +57,27 @@ class Record:
         removed: ``nn.ModuleList`` or ``nn.Sequential`` -> positions of the entries that are gone, ascending; path and
             positions as the configuration builds them. The entries behind move up, in the model and in every name
             above.
+        factorized: linear layers and convolutions that are in two factors -> scheme and rank (see
+            :mod:`.decomposition`); of the layer as the configuration builds it. What has changed in size since is among
+            the shapes, the rank too.
     """
 
     shapes: Mapping[str, PartialShape] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, int | tuple[int, ...]]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     removed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    factorized: Mapping[str, tuple[Scheme, int]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: object) -> Record:
         return self  # nothing in a record ever changes, and transformers copies configurations often
 
     def __bool__(self) -> bool:
-        return bool(self.shapes or self.attributes or self.biases or self.removed)
+        return bool(self.shapes or self.attributes or self.biases or self.removed or self.factorized)
 
     @property
     def version(self) -> int:
         """Of the format: the oldest that can say this."""
-        return 2 if self.removed else 1
+        return 3 if self.factorized else 2 if self.removed else 1
 
     def merge(self, later: Record) -> Record:
         """This record followed by a later one, which speaks of the model that this one gives."""
@@ -84,7 +94,10 @@ class Record:
                 _renumbered_keys(self.shapes, later.removed),
                 _renumbered_keys(self.attributes, later.removed),
                 tuple(_renumbered_keys(dict.fromkeys(self.biases), later.removed)),
+                factorized=_renumbered_keys(self.factorized, later.removed),
             )
+        for path, (scheme, rank) in later.factorized.items():
+            self = _in_factors(self, path, scheme, rank)
         attributes = {module: dict(values) for module, values in self.attributes.items()}
         for module, values in later.attributes.items():
             attributes.setdefault(module, {}).update(values)
@@ -92,13 +105,16 @@ class Record:
         for name, shape in later.shapes.items():
             before = shapes.get(name, shape)
             shapes[name] = tuple(new if new is not None else old for new, old in zip(shape, before, strict=True))
-        return Record(shapes, attributes, tuple(sorted({*self.biases, *later.biases})), gone)
+        biases = tuple(sorted({*self.biases, *later.biases}))
+        return Record(shapes, attributes, biases, gone, {**self.factorized, **later.factorized})
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON data."""
+        factorized = sorted(self.factorized.items())
         return {
             "version": self.version,
             **({"removed": {path: list(gone) for path, gone in self.removed.items()}} if self.removed else {}),
+            **({"factorized": {path: _factors_json(*how) for path, how in factorized}} if factorized else {}),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "attributes": {
                 module: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -154,7 +170,8 @@ class Record:
         names = tuple(_name(f"biases[{i}]", name) for i, name in enumerate(biases))
         if len(set(names)) != len(names):
             _refuse("biases", "a name", "is listed twice")
-        return cls(shapes, attributes, names, _removed(data.get("removed", {})))
+        removed, factorized = _removed(data.get("removed", {})), _factorized(data.get("factorized", {}))
+        return cls(shapes, attributes, names, removed, factorized)
 
 
 # -- checks of single values --------------------------------------------------------------------------------------
@@ -218,6 +235,21 @@ def _removed(value: Any) -> dict[str, tuple[int, ...]]:
                 _refuse(f"{place}[{i}]", position, "must be greater than the position before it")
         removed[_name(place, path)] = tuple(positions)
     return removed
+
+
+def _factorized(value: Any) -> dict[str, tuple[Scheme, int]]:
+    _check_mapping("factorized", value)
+    factorized = {}
+    for path, how in value.items():
+        place = f"factorized[{_shown(path)}]"
+        _check_mapping(place, how)
+        if set(how) != {"scheme", "rank"}:
+            _refuse(place, "this field", "must have exactly the entries 'scheme' and 'rank'")
+        scheme = how["scheme"]
+        if type(scheme) is not str or scheme not in SCHEMES:
+            _refuse(f"{place}['scheme']", scheme, f"must be one of {', '.join(SCHEMES)}")
+        factorized[_name(place, path)] = (scheme, _size(f"{place}['rank']", how["rank"]))
+    return factorized
 
 
 # -- removed entries ----------------------------------------------------------------------------------------------
@@ -313,6 +345,72 @@ def restore_entries(undo: Undo) -> None:
         holder._modules.update(entries)
 
 
+# -- layers in two factors ----------------------------------------------------------------------------------------
+
+
+def _factors_json(scheme: Scheme, rank: int) -> dict[str, Any]:
+    return {"scheme": scheme, "rank": rank}
+
+
+def _in_factors(record: Record, path: str, scheme: Scheme, rank: int) -> Record:
+    """A record that names a layer, as one that names its factors instead."""
+    shapes, attributes = dict(record.shapes), dict(record.attributes)
+    first, second = child_name(path, "first"), child_name(path, "second")
+    out, inside, *kernel = shapes.pop(child_name(path, "weight"), (None, None))
+    groups = attributes.pop(path, {}).get("groups")
+    blocks = out if scheme == "decoupled" and kernel else groups  # of the second layer
+    middle = blocks * rank if isinstance(blocks, int) else None
+    found: dict[str, PartialShape] = {
+        child_name(first, "weight"): (middle, inside, *kernel),
+        child_name(second, "weight"): (out, None, *kernel),
+    }
+    if child_name(path, "bias") in shapes:
+        found[child_name(second, "bias")] = shapes.pop(child_name(path, "bias"))
+    shapes.update({name: shape for name, shape in found.items() if any(size is not None for size in shape)})
+    counts = ((first, groups), (second, blocks))
+    attributes.update({layer: {"groups": count} for layer, count in counts if isinstance(count, int)})
+    biases = tuple(sorted(second if name == path else name for name in record.biases))
+    return Record(shapes, attributes, biases, record.removed, record.factorized)
+
+
+def _apply_factors(
+    model: nn.Module, factorized: Mapping[str, tuple[Scheme, int]]
+) -> tuple[Undo, dict[str, torch.device]]:
+    """Put layers in two factors, whose weights are on the meta device; returns where those belong."""
+    modules = dict(model.named_modules(remove_duplicate=False)) if factorized else {}
+    paths: dict[int, int] = {}
+    for module in modules.values():
+        paths[id(module)] = paths.get(id(module), 0) + 1
+    holders: dict[str, nn.Module] = {}
+    for path, (scheme, rank) in factorized.items():
+        place = f"factorized[{_shown(path)}]"
+        layer = modules.get(path)
+        if type(layer) not in DECOMPOSABLE or not path:
+            _refuse(place, "a name", "of no plain linear layer or convolution of this architecture")
+        assert layer is not None
+        holders[path] = modules[path.rpartition(".")[0]]
+        if paths[id(layer)] > 1 or paths[id(holders[path])] > 1:
+            _refuse(place, "a name", "of a layer that is reached under another name as well")
+        reason = can_decompose(layer, scheme)
+        if reason:
+            _refuse(place, "a name", f"of a layer that cannot be decomposed: {reason}")
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        highest = full_rank(weight.shape, scheme, getattr(layer, "groups", 1))
+        if rank > highest:
+            _refuse(f"{place}['rank']", rank, f"is more than the {highest} that the configuration's layer can have")
+    undo: Undo = []
+    devices = {}
+    for path, (scheme, rank) in factorized.items():
+        holder, name = holders[path], path.rpartition(".")[2]
+        undo.append((holder, dict(holder._modules)))
+        holder._modules[name] = shell = factorized_shell(modules[path], scheme, rank)
+        weight = modules[path].weight  # type: ignore[assignment]
+        devices[path] = weight.device
+        for factor in (shell.first, shell.second):
+            factor.weight.requires_grad_(weight.requires_grad)
+    return undo, devices
+
+
 # -- standard layers ----------------------------------------------------------------------------------------------
 
 
@@ -384,6 +482,11 @@ def _same(held: Any, law: Any) -> bool:
     return list(held) == list(law) if isinstance(held, (tuple, list)) and isinstance(law, tuple) else held == law
 
 
+def child_name(path: str, name: str) -> str:
+    """What a tensor or module is called that a module holds under ``name``."""
+    return f"{path}.{name}" if path else name
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer under every name that it has."""
     return _tensors_of(dict(model.named_modules(remove_duplicate=False)))
@@ -436,7 +539,7 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
     """Make a freshly built model as small as the record says, in place; the values of resized tensors are undefined.
 
     Meant for a model on the meta device, where nothing is allocated; on any other device the resized tensors are
-    allocated there, none larger than before.
+    allocated there, none larger than before, two factors at most twice what their layer had.
 
     Args:
         model: what the configuration class builds.
@@ -450,10 +553,18 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
     """
     undo = remove_entries(model, record.removed)
     try:
+        undone, devices = _apply_factors(model, record.factorized)
+        undo += undone
         _apply_sizes(model, record)
     except BaseException:
-        restore_entries(undo)
+        restore_entries(undo[::-1])
         raise
+    for path, device in devices.items():  # until here the factors took no memory
+        for factor in model.get_submodule(path).children():
+            for name, parameter in list(factor.named_parameters()):
+                if parameter.is_meta and device.type != "meta":
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    setattr(factor, name, nn.Parameter(empty, parameter.requires_grad))
     return model
 
 
@@ -605,13 +716,19 @@ def _check_derived(
             _refuse(f"attributes[{_shown(path)}][{name!r}]", value, f"does not agree with the layer's tensors ({law})")
 
 
-def record_of(model: nn.Module) -> Record | None:
+def record_of(model: nn.Module, *, may_be_quantized: bool = False) -> Record | None:
     """The record that a model carries, or None for one that is as its configuration class builds it.
 
     Raises:
         RecordError: when its configuration holds a malformed record.
-        ModelError: when its configuration says that another library quantized it.
+        ModelError: when its configuration says that another library quantized it; or when this one did, whose weights
+            cannot be cut either, unless ``may_be_quantized``.
     """
+    if "hf_compress_quantization" in vars(model) and not may_be_quantized:
+        raise ModelError(
+            f"{type(model).__name__} is quantized, and its sizes can only be changed in float. Shrink it before it is "
+            "quantized, or call model.dequantize() (hf_compress.quantization.dequantize) first."
+        )
     own = vars(model).get("hf_compress_record")
     if own is not None:
         return own

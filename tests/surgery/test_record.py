@@ -21,6 +21,7 @@ import hf_compress
 from hf_compress.axes.attributes import SIZE_ATTRIBUTES
 from hf_compress.errors import HfCompressError, RecordError
 from hf_compress.surgery import Record, apply_record, record_of, remove_blocks
+from hf_compress.surgery.factorize import factorize
 from hf_compress.surgery.skeleton import RECORD_VERSION
 
 SECONDS, MEGABYTES = 1.0, 100
@@ -53,6 +54,26 @@ def shorter() -> tuple[transformers.PretrainedConfig, type, dict[str, Any]]:
     return config, type(model), record
 
 
+@pytest.fixture(scope="module")
+def in_factors() -> tuple[transformers.PretrainedConfig, type, dict[str, Any]]:
+    """The same of a model of which layers are in two factors, by all three schemes, grouped ones too."""
+    model, x = FAMILIES["regnet_y"]()
+    config = copy.deepcopy(model.config)
+    hf_compress.prune(model, ratio=0.2, example_inputs=x[:1])
+    ranks = {DECOUPLED: ("decoupled", 2), SPATIAL: ("spatial", 4), CHANNEL: ("channel", 4)}
+    factorize(model, ranks=ranks, example_inputs=x[:1])
+    hf_compress.prune(model, ratio=0.3, example_inputs=x[:1])
+    record = record_of(model).to_json()
+    assert record["version"] == 3 and record["shapes"] and record["attributes"]
+    assert record["factorized"] == {path: {"scheme": how[0], "rank": how[1]} for path, how in ranks.items()}
+    assert record["shapes"][f"{SPATIAL}.second.weight"][1] == 3  # the rank is an axis, which was pruned
+    return config, type(model), record
+
+
+CHANNEL, SPATIAL, DECOUPLED = (
+    f"regnet.{path}.convolution"
+    for path in ("embedder.embedder", "encoder.stages.0.layers.0.layer.1", "encoder.stages.1.layers.1.layer.1")
+)
 FIRST_LIST, SECOND_LIST = "swin.encoder.layers.0.blocks", "swin.encoder.layers.1.blocks"
 
 
@@ -88,9 +109,12 @@ def try_record(config: transformers.PretrainedConfig, kind: type, data: Any) -> 
         tracemalloc.stop()
     assert elapsed < SECONDS and peak < MEGABYTES * 1e6
     after = state_of(model)
-    if not message and data.get("removed"):  # names have moved, so they cannot be compared one by one
-        assert len(after) < len(before)
-        assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in skeleton(config, kind).parameters())
+    removed, factorized = (not message and data.get(name) for name in ("removed", "factorized"))
+    if removed or factorized:  # names have moved, so they cannot be compared one by one
+        assert factorized or len(after) < len(before)
+        dense = sum(p.numel() for p in skeleton(config, kind).parameters())
+        # the factors of a full rank have at most twice the numbers of their layer
+        assert sum(p.numel() for p in model.parameters()) < (2 if factorized else 1) * dense
         before = after
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     if message:
@@ -292,6 +316,92 @@ def test_random_mutations_of_removed_blocks_end_well(shorter: Any) -> None:
             _mutate(changed, draw)
         refused += bool(try_record(config, kind, changed))
     assert refused > 25
+
+
+# -- layers in two factors ----------------------------------------------------------------------------------------
+
+
+def test_an_honest_record_of_factors_is_accepted(in_factors: Any) -> None:
+    config, kind, record = in_factors
+    assert not try_record(config, kind, record)
+    assert Record.from_json(json.loads(json.dumps(record))).to_json() == record
+    for version in (1, 2):
+        assert "not known" in try_record(config, kind, {**record, "version": version})
+
+
+@pytest.mark.parametrize("value", BAD_VALUES, ids=lambda value: repr(value)[:12])
+@pytest.mark.parametrize("place", ["", "a layer", "scheme", "rank"])
+def test_wrong_values_of_factors_are_refused(in_factors: Any, place: str, value: Any) -> None:
+    config, kind, record = in_factors
+    path = {"": [], "a layer": ["*"], "scheme": ["*", "scheme"], "rank": ["*", "rank"]}[place]
+    record = copy.deepcopy(record)
+    _set("factorized", *path)(record, value)
+    assert try_record(config, kind, record)  # the shapes name factors that would not exist
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({CHANNEL: {"scheme": "tucker", "rank": 2}}, "must be one of channel, spatial, decoupled"),
+        ({CHANNEL: {"scheme": "__class__", "rank": 2}}, "must be one of channel, spatial, decoupled"),
+        ({CHANNEL: {"scheme": "channel", "rank": 9}}, "more than the 8"),
+        ({SPATIAL: {"scheme": "spatial", "rank": 25}}, "more than the 24"),
+        ({DECOUPLED: {"scheme": "decoupled", "rank": 9}}, "more than the 8"),
+        ({CHANNEL: {"scheme": "channel", "rank": 10**18}}, "more than the 8"),
+        ({CHANNEL: {"scheme": "channel"}}, "exactly the entries"),
+        ({CHANNEL: {"scheme": "channel", "rank": 2, "code": "import os"}}, "exactly the entries"),
+        ({CHANNEL: ["channel", 2]}, "must be a JSON object"),
+        ({CHANNEL + ".first": {"scheme": "channel", "rank": 1}}, "of no plain linear layer"),
+        ({"": {"scheme": "channel", "rank": 1}}, "of no plain linear layer"),
+        ({"regnet": {"scheme": "channel", "rank": 1}}, "of no plain linear layer"),
+        ({"regnet.embedder.embedder.normalization": {"scheme": "channel", "rank": 1}}, "of no plain linear layer"),
+        ({"../../etc/passwd": {"scheme": "channel", "rank": 1}}, "of no plain linear layer"),
+        ({"regnet.__dict__": {"scheme": "channel", "rank": 1}}, "of no plain linear layer"),
+        ({"a" * 10**6: {"scheme": "channel", "rank": 1}}, "of no plain linear layer"),
+        ({str(i): {"scheme": "channel", "rank": 1} for i in range(150_000)}, "more than"),
+    ],
+    ids=lambda value: str(value)[-50:],
+)
+def test_factors_that_cannot_be_are_refused(in_factors: Any, change: dict[str, Any], message: str) -> None:
+    config, kind, record = in_factors
+    assert message in try_record(config, kind, {**record, "factorized": {**record["factorized"], **change}})
+
+
+def test_shared_layers_are_not_put_in_factors() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    model["b"] = model["a"]
+    with pytest.raises(RecordError, match="reached under another name"):
+        apply_record(model, Record(factorized={"a": ("channel", 2)}))
+    assert model["a"] is model["b"] and type(model["a"]) is nn.Linear
+    odd = nn.ModuleDict({"a": nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4), "b": nn.Linear(4, 1)})
+    for name, message in (("a", "no plain linear layer"), ("b", "rank 1 already")):
+        with pytest.raises(RecordError, match=message):
+            apply_record(odd, Record(factorized={name: ("channel", 1)}))
+
+
+def test_sizes_that_do_not_fit_the_factors_leave_the_model_as_it_was(in_factors: Any) -> None:
+    config, kind, record = in_factors
+    for name, shape in (
+        (f"{SPATIAL}.first.weight", [1000, None, None, None]),
+        (f"{SPATIAL}.second.weight", [None, 5, None, None]),
+        (f"{SPATIAL}.weight", [4, None, None, None]),
+    ):
+        changed = copy.deepcopy(record)
+        changed["shapes"][name] = shape
+        assert try_record(config, kind, changed)
+
+
+def test_random_mutations_of_factors_end_well(in_factors: Any) -> None:
+    config, kind, record = in_factors
+    draw = random.Random(2)
+    refused = 0
+    for _ in range(60):
+        changed = copy.deepcopy(record)
+        _mutate(changed["factorized"], draw)
+        for _ in range(draw.randint(0, 2)):
+            _mutate(changed, draw)
+        refused += bool(try_record(config, kind, changed))
+    assert refused > 30
 
 
 def test_random_mutations_end_well(honest: Any) -> None:
