@@ -29,6 +29,10 @@ def _register_quantizer() -> None:
     # assigned, not registered: transformers refuses a name that exists, which a reload of this package must not meet
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = HfCompressConfig
     auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = HfCompressQuantizer
+    # so that a checkpoint with a configuration of ours (it was pruned) can be quantized while it is loaded
+    taking_over = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", ())
+    if HfCompressConfig not in taking_over:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*taking_over, HfCompressConfig)
 
 
 def _register_configurations() -> None:

@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from hf_compress.models.afidaf import AfidafConfig
+
 Built = tuple[nn.Module, Tensor]
 
 
@@ -246,6 +248,13 @@ MORE_FAMILIES: dict[str, Callable[[], Built]] = {
     ),
     "bit": _classifier(
         transformers.BitConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_groups=4, **_LABELS)
+    ),
+    "afidaf": _classifier(
+        AfidafConfig(
+            stem_channels=8, hidden_sizes=[8, 12, 16, 24, 64], depths=[1, 0, 1], expand_ratio=2, fourier_groups=4,
+            image_projection_groups=4, expansion_size=20, **_LABELS,
+        ),
+        48,
     ),
     "timm_mobilenetv3": _timm("mobilenetv3_small_050", 32),
     "timm_convnext": _timm("convnext_atto", 32, dims=[8, 16, 24, 32], depths=[1, 1, 1, 1]),

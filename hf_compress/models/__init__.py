@@ -29,11 +29,32 @@ AUTO_CLASSES: dict[str, tuple[str, str, dict[str, str]]] = {
             "AutoBackbone": "PrunedViTBackbone",
         },
     ),
+    "afidaf": (
+        "hf_compress.models.afidaf",
+        "AfidafConfig",
+        {
+            "AutoModel": "AfidafModel",
+            "AutoModelForImageClassification": "AfidafForImageClassification",
+            "AutoModelForObjectDetection": "AfidafForObjectDetection",
+            "AutoModelForSemanticSegmentation": "AfidafForSemanticSegmentation",
+            "AutoBackbone": "AfidafBackbone",
+        },
+    ),
+    "lenet": (
+        "hf_compress.models.lenet",
+        "LeNetConfig",
+        {"AutoModel": "LeNetModel", "AutoModelForImageClassification": "LeNetForImageClassification"},
+    ),
+    "wide_resnet": (
+        "hf_compress.models.wide_resnet",
+        "WideResNetConfig",
+        {"AutoModel": "WideResNetModel", "AutoModelForImageClassification": "WideResNetForImageClassification"},
+    ),
     "sidt": ("hf_compress.models.sidt", "SidtConfig", {"AutoModelForObjectDetection": "SidtForObjectDetection"}),
 }
 """``model_type`` -> (package, configuration class, {Auto class: model class}): what transformers' Auto classes learn."""
 
-IMAGE_PROCESSORS = {"sidt": "SidtImageProcessor"}
+IMAGE_PROCESSORS = {"afidaf": "AfidafImageProcessor", "sidt": "SidtImageProcessor"}
 """``model_type`` -> image processor in the same package, for models that need one of their own."""
 
 

@@ -258,7 +258,9 @@ def _score_logits(class_logits: Tensor, centerness: Tensor) -> Tensor:
 
     With p = exp(s) the logit of p is s - log(1 - exp(s)); s stays below 0, where 1 - exp(s) would round to 0.
     """
-    score = (F.logsigmoid(class_logits) + F.logsigmoid(centerness).unsqueeze(-1)) / 2
+    # logsigmoid(x) as -softplus(-x): exporters write the former as the logarithm of a sigmoid, and ONNX Runtime's sigmoid is
+    # too coarse near zero for that (an error of 1e-3 in the logits of a trained detector)
+    score = -(F.softplus(-class_logits) + F.softplus(-centerness).unsqueeze(-1)) / 2
     score = score.float().clamp(max=-1e-6)
     return score - torch.log(-torch.expm1(score))
 
