@@ -1,5 +1,14 @@
 """Models for other runtimes, compared with the PyTorch model before anyone gets them."""
 
-from .onnx import export_onnx, onnx_difference, onnx_runner
+from .onnx import export_onnx, largest_difference, onnx_difference, onnx_outputs, onnx_runner
+from .outputs import OUTPUTS, named_outputs
 
-__all__ = ["export_onnx", "onnx_difference", "onnx_runner"]
+__all__ = [
+    "OUTPUTS",
+    "export_onnx",
+    "largest_difference",
+    "named_outputs",
+    "onnx_difference",
+    "onnx_outputs",
+    "onnx_runner",
+]

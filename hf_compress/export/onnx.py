@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..axes.finding import Inputs, example_inputs_for, run_model, undisturbed
 from ..errors import ExportError
+from .outputs import named_outputs
 
 _ONE_FILE_LIMIT = 1_900_000_000  # bytes; a protobuf message ends at 2 GiB
 
@@ -32,18 +33,18 @@ def export_onnx(
 ) -> Path:
     """Write a model as ONNX and compare it with PyTorch in ONNX Runtime at two batch sizes.
 
-    The file has one input, ``pixel_values`` [batch, channels, height, width], and one output, ``logits``; the batch size
-    is free. Weights are inside the file (beside it, as ``<name>.data``, above 1.9 GB). It appears under its name only
+    The file has one input, ``pixel_values`` [batch, channels, height, width], and the outputs that a result is made from:
+    ``logits``; of detectors ``pred_boxes`` too (see :data:`hf_compress.export.OUTPUTS`). The batch size is free. Weights are inside the file (beside it, as ``<name>.data``, above 1.9 GB). It appears under its name only
     once the comparison has succeeded. The model, its mode and the random state are left as they were.
 
     Args:
-        model: a module that takes one image batch and returns a tensor or an output with ``logits``.
+        model: a module that takes one image batch and returns a tensor, or an output with one of ``OUTPUTS`` at least.
         path: the file to write.
         example_inputs: a tensor, a tuple with one tensor or a dict with one tensor; gives the image size. Built from
             the model's configuration when not given.
         check_inputs: real images to compare on, in the same form, [n, channels, height, width]. Random ones when not
             given.
-        tolerance: largest accepted absolute difference of any logit.
+        tolerance: largest accepted absolute difference of any number of any output.
 
     Returns:
         The path.
@@ -74,27 +75,36 @@ def export_onnx(
 
 
 def onnx_difference(model: nn.Module, path: str | Path, pixel_values: Tensor) -> float:
-    """Largest absolute difference of any logit between ONNX Runtime and the PyTorch model.
+    """Largest absolute difference of any number of any output between ONNX Runtime and the PyTorch model.
 
     Args:
         model: the model that was exported.
         path: the ONNX file.
         pixel_values: images [n, channels, height, width], on any device.
+
+    Raises:
+        ExportError: when the two do not return the same outputs.
     """
     parameter = next(model.parameters(), pixel_values)
     with undisturbed(model), torch.no_grad():
-        expected = _logits(run_model(model, pixel_values.to(parameter.device, parameter.dtype)))
-    found = onnx_runner(path)(pixel_values.to(parameter.dtype))
-    if found.shape != expected.shape:
-        raise ExportError(f"{path} returns {list(found.shape)}, the PyTorch model {list(expected.shape)}.")
-    return float((found.double() - expected.cpu().double()).abs().max())
+        expected = named_outputs(run_model(model, pixel_values.to(parameter.device, parameter.dtype)))
+    found = onnx_outputs(path)(pixel_values.to(parameter.dtype))
+    shapes = [{name: list(tensor.shape) for name, tensor in each.items()} for each in (found, expected)]
+    if shapes[0] != shapes[1]:
+        raise ExportError(f"{path} returns {shapes[0]}, the PyTorch model {shapes[1]}.")
+    return max(largest_difference(found[name], tensor) for name, tensor in expected.items())
 
 
-def onnx_runner(path: str | Path) -> Callable[[Tensor], Tensor]:
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Of any number of two tensors of one shape, in double precision; 0 for empty ones."""
+    return float((found.cpu().double() - expected.cpu().double()).abs().max()) if found.numel() else 0.0
+
+
+def onnx_outputs(path: str | Path) -> Callable[[Tensor], dict[str, Tensor]]:
     """A function that runs an ONNX file on the CPU with as many threads as torch uses.
 
     Returns:
-        images [n, channels, height, width] -> logits, a float tensor on the CPU.
+        images [n, channels, height, width] -> name of an output -> float tensor on the CPU.
 
     Raises:
         ExportError: when ONNX Runtime is missing or cannot read the file.
@@ -107,32 +117,31 @@ def onnx_runner(path: str | Path) -> Callable[[Tensor], Tensor]:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ExportError(f"ONNX Runtime cannot read {path}: {error}. Export the model again.") from error
-    name = session.get_inputs()[0].name
+    given = session.get_inputs()[0].name
+    names = [output.name for output in session.get_outputs()]
 
-    def run(pixel_values: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: pixel_values.detach().cpu().contiguous().numpy()})[0])
+    def run(pixel_values: Tensor) -> dict[str, Tensor]:
+        arrays = session.run(names, {given: pixel_values.detach().cpu().contiguous().numpy()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
     return run
 
 
-class _LogitsOnly(nn.Module):
-    """Turns a model's output object into the one tensor that the file returns."""
+def onnx_runner(path: str | Path) -> Callable[[Tensor], Tensor]:
+    """:func:`onnx_outputs` for files where one output matters: images -> the first output, ``logits`` where there are some."""
+    run = onnx_outputs(path)
+    return lambda pixel_values: next(iter(run(pixel_values).values()))
+
+
+class _OutputsOnly(nn.Module):
+    """Turns a model's output object into the tensors that the file returns."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return _logits(run_model(self.model, pixel_values))
-
-
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ExportError(
-            f"the model returns {type(output).__name__} without logits. Wrap it in a module that returns one tensor."
-        )
-    return logits
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        return named_outputs(run_model(self.model, pixel_values))
 
 
 def _only_tensor(inputs: Any) -> Tensor:
@@ -150,11 +159,12 @@ def _write(model: nn.Module, path: Path, example: Tensor) -> None:
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     with undisturbed(model), torch.no_grad(), _quiet():
         try:
+            whole = _OutputsOnly(model).eval()
             program = torch.onnx.export(
-                _LogitsOnly(model).eval(),
+                whole,
                 (images,),
                 input_names=["pixel_values"],
-                output_names=["logits"],
+                output_names=list(whole(images)),
                 dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1)}},
                 dynamo=True,
                 verbose=False,

@@ -15,7 +15,40 @@ from urllib.parse import quote
 
 from ..errors import HubError
 
-_TASK = "image-classification"
+
+@dataclass(frozen=True)
+class _Task:
+    """What a card says of a task: names for the Hub and for readers, the figures, and how the model is used."""
+
+    title: str
+    kind: str
+    auto_class: str
+    call: str
+    figures: Mapping[str, tuple[str, str]]  # key in metrics.json -> the Hub's type of the metric, name
+    outputs: str
+
+
+_TASKS = {
+    "image-classification": _Task(
+        "Image Classification",
+        "image classifier",
+        "AutoModelForImageClassification",
+        "classify",
+        {"accuracy": ("accuracy", "Accuracy")},
+        "any logit",
+    ),
+    "object-detection": _Task(
+        "Object Detection",
+        "object detector",
+        "AutoModelForObjectDetection",
+        "detect",
+        {
+            "map": ("mean_average_precision", "mAP"),
+            "map_50": ("mean_average_precision", "mAP at overlap 0.5"),
+        },
+        "any logit or box",
+    ),
+}
 _FIGURES = (  # key in metrics.json, row of the table, whether the value takes k, M, G, unit
     ("params", "Parameters", True, ""),
     ("macs", "MACs, one image", True, ""),
@@ -33,19 +66,20 @@ class CardContent:
 
     Attributes:
         title: heading, and the model's name in the metadata.
-        dense, compressed: measured values by the keys of metrics.json: ``accuracy`` (share, 0 to 1), ``params``, ``macs``,
-            ``bytes``, ``latency_ms``, ``onnx_latency_ms``.
+        dense, compressed: measured values by the keys of metrics.json: ``accuracy``, or ``map`` and ``map_50`` (shares, 0 to
+            1), ``params``, ``macs``, ``bytes``, ``latency_ms``, ``onnx_latency_ms``.
         dataset_name: for readers.
         dataset_id: the Hub's id, or the name of a data set that is elsewhere.
-        dataset_split: on which the accuracy was measured.
+        dataset_split: on which these were measured.
+        task: ``image-classification`` or ``object-detection``.
         dataset_is_on_hub: whether ``dataset_id`` may be linked from the metadata.
         description: a sentence or two about this model.
         architecture: class or family of the model.
         stages: what was done, in order, for example ``("train", "network_slimming", "prune", "finetune")``.
         base_model: Hub id of the model that the run started from.
         license: identifier that the Hub knows, for example ``apache-2.0``.
-        reload_max_abs_diff: largest difference of any logit after ``from_pretrained`` in a new process.
-        onnx_max_abs_diff: largest difference of any logit between ONNX Runtime and PyTorch.
+        reload_max_abs_diff: largest difference of any output after ``from_pretrained`` in a new process.
+        onnx_max_abs_diff: largest difference of any output between ONNX Runtime and PyTorch.
         plots: file name of a picture in the card's folder -> what it shows.
         recipe: the recipe as YAML.
         machine: what the times were measured on, see :func:`hf_compress.measurement.describe_machine`.
@@ -60,6 +94,7 @@ class CardContent:
     dataset_name: str
     dataset_id: str
     dataset_split: str = "test"
+    task: str = "image-classification"
     dataset_is_on_hub: bool = False
     description: str = ""
     architecture: str = ""
@@ -109,31 +144,31 @@ def write_card(folder: str | Path, card: CardContent) -> Path:
 def _metadata(card: CardContent) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    accuracy = card.compressed.get("accuracy")
-    results = None
-    if accuracy is not None:
-        results = [
-            EvalResult(
-                task_type=_TASK,
-                task_name="Image Classification",
-                dataset_type=card.dataset_id,
-                dataset_name=card.dataset_name,
-                dataset_split=card.dataset_split,
-                metric_type="accuracy",
-                metric_name="Accuracy",
-                metric_value=round(float(accuracy), 6),
-            )
-        ]
+    task = _TASKS[card.task]
+    results = [
+        EvalResult(
+            task_type=card.task,
+            task_name=task.title,
+            dataset_type=card.dataset_id,
+            dataset_name=card.dataset_name,
+            dataset_split=card.dataset_split,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(float(value), 6),
+        )
+        for key, (kind, name) in task.figures.items()
+        if (value := card.compressed.get(key)) is not None
+    ]
     methods = [stage.replace("_", "-") for stage in card.stages if stage.endswith("_slimming")]
     data = ModelCardData(
         model_name=card.title,
         base_model=card.base_model,
         datasets=[card.dataset_id] if card.dataset_is_on_hub else None,
-        eval_results=results,
+        eval_results=results or None,
         library_name="transformers",
         license=card.license,
-        metrics=["accuracy"] if results else None,
-        pipeline_tag=_TASK,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        pipeline_tag=card.task,
         tags=["hf_compress", "pruning", "model-compression", *methods, *card.tags],
     )
     return data.to_yaml().strip()
@@ -148,7 +183,8 @@ def _body(card: CardContent) -> str:
 
 def _introduction(card: CardContent) -> str:
     dense, compressed = card.dense, card.compressed
-    kind = f"{_plain(card.architecture)} image classifier" if card.architecture else "An image classifier"
+    kind = _TASKS[card.task].kind
+    kind = f"{_plain(card.architecture)} {kind}" if card.architecture else f"An {kind}"
     shares = []
     for key, name in (("macs", "multiply-accumulates"), ("params", "parameters")):
         whole, left = dense.get(key), compressed.get(key)
@@ -164,16 +200,11 @@ def _introduction(card: CardContent) -> str:
 
 def _table(card: CardContent) -> str:
     rows: list[tuple[str, ...]] = []
-    dense, compressed = card.dense.get("accuracy"), card.compressed.get("accuracy")
-    if dense is not None and compressed is not None:
-        rows.append(
-            (
-                "Accuracy",
-                f"{100 * dense:.2f}{_SPACE}%",
-                f"{100 * compressed:.2f}{_SPACE}%",
-                f"{100 * (compressed - dense):+.2f}{_SPACE}pt",
-            )
-        )
+    for key, (_, name) in _TASKS[card.task].figures.items():
+        dense, compressed = card.dense.get(key), card.compressed.get(key)
+        if dense is not None and compressed is not None:
+            change = f"{100 * (compressed - dense):+.2f}{_SPACE}pt"
+            rows.append((name, f"{100 * dense:.2f}{_SPACE}%", f"{100 * compressed:.2f}{_SPACE}%", change))
     for key, name, is_scaled, unit in _FIGURES:
         dense, compressed = card.dense.get(key), card.compressed.get(key)
         if dense is not None and compressed is not None:
@@ -190,7 +221,7 @@ def _table(card: CardContent) -> str:
 
 
 def _usage(card: CardContent) -> str:
-    place = card.repo_id or "path/to/this/folder"
+    place, task = card.repo_id or "path/to/this/folder", _TASKS[card.task]
     return f"""## Use
 
 ```
@@ -201,25 +232,25 @@ pip install hf-compress
 import hf_compress
 from transformers import pipeline
 
-classify = pipeline(
-    "{_TASK}",
+{task.call} = pipeline(
+    "{card.task}",
     model={json.dumps(place)},
 )
-print(classify("image.png"))
+print({task.call}("image.png"))
 ```
 
-`AutoModelForImageClassification` loads it as well. Both need `import hf_compress`, which teaches
+`{task.auto_class}` loads it as well. Both need `import hf_compress`, which teaches
 transformers to build the smaller model."""
 
 
 def _checks(card: CardContent) -> str:
-    lines = []
+    lines, what = [], f"largest difference of {_TASKS[card.task].outputs}"
     if card.reload_max_abs_diff is not None:
         shown = _difference(card.reload_max_abs_diff)
-        lines.append(f"- Reloaded with `from_pretrained` in a new process: largest difference of any logit {shown}.")
+        lines.append(f"- Reloaded with `from_pretrained` in a new process: {what} {shown}.")
     if card.onnx_max_abs_diff is not None:
         shown = _difference(card.onnx_max_abs_diff)
-        lines.append(f"- `model.onnx` in ONNX Runtime against PyTorch: largest difference of any logit {shown}.")
+        lines.append(f"- `model.onnx` in ONNX Runtime against PyTorch: {what} {shown}.")
     return "\n".join(["## Checked", "", *lines]) if lines else ""
 
 
@@ -229,8 +260,10 @@ def _difference(value: float) -> str:
 
 def _measuring(card: CardContent) -> str:
     lines = []
-    if card.compressed.get("accuracy") is not None:
-        lines.append(f"- Accuracy: {_plain(card.dataset_name)}, {_plain(card.dataset_split)} images.")
+    figures = _TASKS[card.task].figures
+    measured = [name for key, (_, name) in figures.items() if card.compressed.get(key) is not None]
+    if measured:
+        lines.append(f"- {measured[0]}: {_plain(card.dataset_name)}, {_plain(card.dataset_split)} images.")
     if card.compressed.get("latency_ms") is not None:
         rounds = f", median of {card.latency_rounds} rounds in turns" if card.latency_rounds else ""
         lines.append(f"- Time: one image{rounds}.")

@@ -1,6 +1,7 @@
 """``export_onnx``: the file computes what the model computes, or there is no file."""
 
 import sys
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import hf_compress
 from hf_compress.errors import ExportError
-from hf_compress.export import export_onnx, onnx_difference, onnx_runner
+from hf_compress.export import export_onnx, onnx_difference, onnx_outputs, onnx_runner
 from hf_compress.export import onnx as onnx_export
 
 
@@ -48,6 +49,70 @@ def test_a_pruned_model(family, tmp_path):
     assert onnx_difference(model, pruned, images_like(images, 3)) < 2e-5
     assert onnx_difference(model, dense, images) > 1e-3  # the comparison tells models apart
     assert pruned.stat().st_size < dense.stat().st_size
+
+
+class TwoOutputs(nn.Module):
+    """Answers as a detector does; ``off_by`` makes the boxes of a copy wrong."""
+
+    def __init__(self, off_by=0.0):
+        super().__init__()
+        self.layer, self.off_by = nn.Linear(4, 5), off_by
+
+    def forward(self, pixel_values):
+        rows = self.layer(pixel_values.flatten(2).transpose(1, 2))
+        return SimpleNamespace(pred_boxes=rows[..., :4].sigmoid() + self.off_by, logits=rows, last_hidden_state=rows)
+
+
+def test_a_detectors_boxes_are_written_and_compared(tmp_path):
+    torch.manual_seed(0)
+    model = TwoOutputs()
+    pixels = torch.randn(3, 4, 6, 6)
+    path = export_onnx(model, tmp_path / "m.onnx", pixels)
+    assert [value.name for value in onnx.load(path).graph.output] == ["logits", "pred_boxes"]
+    for number in (1, 3):
+        expected = model(pixels[:number])
+        found = onnx_outputs(path)(pixels[:number])
+        assert torch.allclose(found["logits"], expected.logits, atol=1e-5)  # float32 in another order of summation
+        assert torch.allclose(found["pred_boxes"], expected.pred_boxes, atol=1e-5)
+        assert torch.equal(onnx_runner(path)(pixels[:number]), found["logits"])
+    assert onnx_difference(model, path, pixels) < 1e-5
+    moved = TwoOutputs(off_by=0.25)
+    moved.load_state_dict(model.state_dict())
+    assert onnx_difference(moved, path, pixels) == pytest.approx(0.25, abs=1e-5)  # the logits agree, the boxes do not
+
+
+@pytest.mark.parametrize("kind", ["sidt", "yolos"])
+def test_detectors(kind, tmp_path):
+    import transformers
+
+    from hf_compress.models.pruned_vit import PrunedViTConfig
+    from hf_compress.models.sidt import SidtConfig, SidtForObjectDetection
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "patch_size": 8,
+    }
+    if kind == "sidt":
+        vit = PrunedViTConfig(image_size=32, **sizes)
+        model = SidtForObjectDetection(
+            SidtConfig(backbone_config=vit, pyramid_channels=16, group_size=4, head_layers=1)
+        )
+    else:
+        config = transformers.YolosConfig(image_size=[32, 32], num_detection_tokens=5, **sizes)
+        model = transformers.YolosForObjectDetection(config)
+    model.eval()
+    pixels = torch.randn(3, 3, 32, 32)
+    run = onnx_outputs(export_onnx(model, tmp_path / "m.onnx", pixels))
+    for number in (1, 3):
+        with torch.no_grad():
+            expected = model(pixels[:number])
+        for name, found in run(pixels[:number]).items():
+            # batch 1 and float32 in another order of summation
+            torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_is_left_as_it_was(tmp_path):

@@ -176,3 +176,25 @@ def test_pictures_must_be_in_the_folder(path, tmp_path):
     with pytest.raises(HubError, match="does not hold"):
         write_card(tmp_path, replace(FULL, plots={path: "x"}))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_detectors_card(tmp_path):
+    figures = {key: value for key, value in DENSE.items() if key != "accuracy"}
+    card = CardContent(
+        title="digits-detector",
+        task="object-detection",
+        dense={**figures, "map": 0.41, "map_50": 0.6},
+        compressed={**figures, "map": 0.4, "map_50": 0.59},
+        dataset_name="composed scenes",
+        dataset_id="scenes",
+        architecture="Sidt",
+        reload_max_abs_diff=0.0,
+    )
+    found = ModelCard.load(write_card(tmp_path, card))
+    assert found.data.pipeline_tag == "object-detection"
+    assert [(result.task_type, result.metric_value) for result in found.data.eval_results] == [
+        ("object-detection", 0.4), ("object-detection", 0.59),
+    ]  # fmt: skip
+    assert "Sidt object detector" in found.text and "| mAP |" in found.text and "any logit or box" in found.text
+    assert 'pipeline(\n    "object-detection"' in found.text and "AutoModelForObjectDetection" in found.text
+    assert "ccuracy" not in found.text

@@ -1,0 +1,228 @@
+"""ONNX files that compute in int8: QDQ with one scale per output channel, run by ONNX Runtime.
+
+*Static* (with calibration images): every activation between quantized operators has a fixed range, so that convolutions,
+matrix products, additions and pooling run in int8. *Dynamic* (without): matrix products of linear layers alone, with
+ranges found while running; convolutions stay float, since ONNX Runtime has no fast kernel for them in that form.
+
+Layers that the model quantizes to eight bits on their inputs are written as float layers and quantized by the runtime's
+own operators; with fewer bits the levels are part of the graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..axes.finding import Inputs, run_model, undisturbed
+from ..errors import DataError, ExportError
+from ..quantization.calibration import images_of
+from ..quantization.layers import InputQuantizer, quantizable_layers, quantization_of
+from .onnx import export_onnx, onnx_runner
+
+_MOST_IMAGES = 512
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an int8 file compares with the PyTorch model on some images.
+
+    Args:
+        argmax: share of images with the same class, 0 to 1.
+        mean_difference: mean absolute difference of a logit.
+        relative_difference: the same, relative to the mean absolute logit.
+        images: how many there were.
+    """
+
+    argmax: float
+    mean_difference: float
+    relative_difference: float
+    images: int
+
+
+def export_int8_onnx(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Inputs = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    check_inputs: Tensor | None = None,
+    min_agreement: float = 0.9,
+    reduce_range: bool | None = None,
+) -> Path:
+    """Write a model as an ONNX file that computes in int8, and compare it with the PyTorch model.
+
+    Input and output are as in :func:`export_onnx`. The file appears under its name only once the comparison has
+    succeeded. The model is left as it was; float models can be given as well as quantized ones, whose own (fake)
+    quantization is what is compared with.
+
+    Args:
+        model: a classifier in float32.
+        path: the file to write.
+        example_inputs: see :func:`export_onnx`.
+        calibration: batches of images, as a ``DataLoader`` gives them, for the static form; at most 512 images are
+            used. Without them the dynamic form is written. Convolutional networks need the static one to be faster
+            than in float.
+        check_inputs: images [n, channels, height, width] to compare on; the calibration images when not given.
+        min_agreement: smallest accepted share of images with the same class as in PyTorch, 0 to 1.
+        reduce_range: keep weights to seven bits, so that no int16 sum of two products overflows on x86 processors
+            without VNNI. By default where this machine is one.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: when a package is missing, the model cannot be exported, or the two disagree.
+        DataError: when ``calibration`` holds no image.
+    """
+    path = Path(path)
+    images = None if calibration is None else _gathered(calibration)
+    if reduce_range is None:
+        reduce_range = _overflows()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        whole, written = Path(folder) / "float.onnx", Path(folder) / path.name
+        with _float_inputs(model):
+            export_onnx(
+                model, whole, example_inputs, check_inputs=None if images is None else images[:2], tolerance=1e-2
+            )
+        _quantize(whole, written, images, reduce_range, _float_layers(model))
+        check = images if check_inputs is None else check_inputs
+        if check is not None:
+            found = int8_agreement(model, written, check)
+            if not found.argmax >= min_agreement:
+                raise ExportError(
+                    f"the int8 file gives {found.argmax:.1%} of {found.images} images the class that "
+                    f"{type(model).__name__} gives them, less than min_agreement={min_agreement}; nothing was written. "
+                    "Give more calibration images, train with activations=8, or allow less."
+                )
+        whole.unlink()
+        for part in sorted(Path(folder).iterdir(), key=lambda part: part == written):  # the file itself comes last
+            os.replace(part, path.parent / part.name)
+    return path
+
+
+def int8_agreement(model: nn.Module, path: str | Path, images: Tensor, batch: int = 64) -> Agreement:
+    """Compare an ONNX file with the PyTorch model.
+
+    Args:
+        model: the model that was exported; a quantized one computes with its own quantizers.
+        path: the ONNX file.
+        images: [n, channels, height, width].
+        batch: images in one call.
+    """
+    run = onnx_runner(path)
+    parameter = next(model.parameters())
+    expected, found = [], []
+    with undisturbed(model), torch.no_grad():
+        for part in images.split(batch):
+            output = run_model(model, part.to(parameter.device, parameter.dtype))
+            expected.append((output if isinstance(output, Tensor) else output.logits).float().cpu())
+            found.append(run(part).float())
+    ours, theirs = torch.cat(expected), torch.cat(found)
+    difference = (ours - theirs).abs().mean().item()
+    same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+    return Agreement(same, difference, difference / max(ours.abs().mean().item(), 1e-12), len(ours))
+
+
+def _gathered(batches: Iterable[Any]) -> Tensor:
+    held: list[Tensor] = []
+    for batch in batches:
+        held.append(images_of(batch).cpu().float())
+        if sum(map(len, held)) >= _MOST_IMAGES:
+            break
+    if not sum(map(len, held)):
+        raise DataError(
+            "calibration holds no image. Give a few hundred, for example a DataLoader, or leave it out for the dynamic "
+            "form."
+        )
+    return torch.cat(held)[:_MOST_IMAGES]
+
+
+def _overflows() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "flags" in flags and "vnni" not in flags  # an Arm processor lists "Features"
+
+
+@contextlib.contextmanager
+def _float_inputs(model: nn.Module) -> Iterator[None]:
+    """Without the eight-bit quantizers of inputs, whose work the runtime's operators do."""
+    taken = []
+    for module in model.modules():
+        quantizer = vars(module).get("hf_compress_input")
+        if isinstance(quantizer, InputQuantizer) and quantizer.bits == 8:
+            taken.append((module, vars(module).pop("hf_compress_input")))
+    try:
+        yield
+    finally:
+        for module, quantizer in taken:
+            vars(module)["hf_compress_input"] = quantizer
+
+
+def _float_layers(model: nn.Module) -> set[str]:
+    """Names of the weights of the layers that a quantized model leaves float; none for a model that is float itself."""
+    scheme = quantization_of(model)
+    if scheme is None:
+        return set()
+    chosen = {*(scheme.layers or ()), *(scheme.activation_layers or ())}
+    return {f"model.{path}.weight" for path in quantizable_layers(model) if path not in chosen}
+
+
+def _quantize(source: Path, target: Path, images: Tensor | None, reduce_range: bool, kept: set[str]) -> None:
+    try:
+        import onnx
+        from onnxruntime import quantization as tools
+    except ImportError as error:
+        raise ExportError(
+            "int8 export needs onnx, and onnxruntime with its quantization tools. Try: pip install hf-compress[export]"
+        ) from error
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    shared = {
+        "per_channel": True,
+        "weight_type": tools.QuantType.QInt8,
+        "reduce_range": reduce_range,
+        "nodes_to_exclude": [node.name for node in nodes if kept.intersection(node.input)],
+    }
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # the tools advise on the root logger
+    try:
+        if images is None:
+            tools.quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gemm"], **shared)
+            return
+
+        calibration = images.split(32)
+
+        class Reader(tools.CalibrationDataReader):  # type: ignore[misc, name-defined]
+            parts = iter(calibration)
+
+            def get_next(self) -> dict[str, Any] | None:
+                part = next(self.parts, None)
+                return None if part is None else {"pixel_values": part.numpy()}
+
+        tools.quantize_static(
+            source,
+            target,
+            Reader(),
+            quant_format=tools.QuantFormat.QDQ,
+            activation_type=tools.QuantType.QUInt8,
+            **shared,
+        )
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime could not quantize the model ({type(error).__name__}: {str(error)[:200]}). Export it in float "
+            "with export_onnx."
+        ) from error
+    finally:
+        root.setLevel(level)
