@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _HELP = "Make Hugging Face vision models smaller, and keep them ordinary Hugging Face models."
 _DEBUG = "HF_COMPRESS_DEBUG"
+_HEADS = ("ForImageClassification", "ForObjectDetection", "ForSemanticSegmentation")
 
 app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -111,6 +112,9 @@ def prune(
     output: Annotated[Path, typer.Option(help="New folder for the smaller model.", show_default=False)],
     macs: Annotated[float | None, typer.Option(help="Budget: share of the MACs, or a number.")] = None,
     params: Annotated[float | None, typer.Option(help="Budget: share of the parameters, or a number.")] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Budget: share of the time, or milliseconds; from times measured here.")
+    ] = None,
     ratio: Annotated[float | None, typer.Option(help="Instead of a budget: share removed from every axis.")] = None,
     scores: Annotated[str, typer.Option(help="How indices are ranked.")] = "magnitude",
     round_to: Annotated[int, typer.Option(help="Kept widths are multiples of this.")] = 1,
@@ -136,6 +140,7 @@ def prune(
             scores=scores,
             macs=macs,
             params=params,
+            latency=latency,
             ratio=ratio,
             round_to=round_to,
             min_keep=min_keep,
@@ -186,7 +191,7 @@ def measure(
 def export(
     model: Model,
     output: Annotated[Path | None, typer.Option(help="The file. [default: model.onnx in the model's folder]")] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest accepted difference of any logit.")] = 1e-4,
+    tolerance: Annotated[float, typer.Option(help="Largest accepted difference of any output.")] = 1e-4,
     image_size: ImageSize = None,
 ) -> None:
     """Write ONNX and compare it with the PyTorch model."""
@@ -245,15 +250,15 @@ def _say(console: Console) -> Any:
 
 
 def _load(name: str) -> Any:
-    """A model for image classification, or the bare model where a checkpoint has no classifier."""
-    from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+    """A classifier or a detector as the checkpoint names it, or the bare model where there is no head."""
+    import transformers
 
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ModelError(f"there is no folder {name}. Give a folder that save_pretrained wrote, or a Hub id.")
     try:
-        config = AutoConfig.from_pretrained(name)
-        has_classifier = any("ForImageClassification" in kind for kind in config.architectures or [])
-        return (AutoModelForImageClassification if has_classifier else AutoModel).from_pretrained(name).eval()
+        saved = transformers.AutoConfig.from_pretrained(name).architectures or []
+        head = next((head for head in _HEADS if any(kind.endswith(head) for kind in saved)), "")
+        return getattr(transformers, f"AutoModel{head}").from_pretrained(name).eval()
     except HfCompressError:
         raise
     except Exception as error:  # a missing folder, the network, a damaged file: no common class

@@ -122,6 +122,12 @@ def test_prune_measure_and_export(model: Path, tmp_path: Path) -> None:
     assert f"{parameters:,}" in call("measure", small, "--rounds", 1)
     assert "not an empty folder" in call("prune", model, "--output", small, code=1)
 
+    fast = tmp_path / "fast"
+    call("prune", model, "--latency", 0.95, "--output", fast)
+    dense = AutoModelForImageClassification.from_pretrained(model)
+    left = AutoModelForImageClassification.from_pretrained(fast)
+    assert sum(p.numel() for p in left.parameters()) < sum(p.numel() for p in dense.parameters())
+
     call("export", small)
     assert (small / "model.onnx").exists()
     call("export", small, "--output", tmp_path / "other.onnx")
@@ -136,10 +142,30 @@ def test_a_model_without_a_classifier(tmp_path: Path) -> None:
     assert "axes;" in call("inspect", tmp_path / "bare", "--image-size", 32)
 
 
+def test_a_detector(tmp_path: Path) -> None:
+    from transformers import AutoModelForObjectDetection
+
+    from hf_compress.models.pruned_vit import PrunedViTConfig
+    from hf_compress.models.sidt import SidtConfig, SidtForObjectDetection, SidtImageProcessor
+
+    vit = PrunedViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=32,
+                          patch_size=8)  # fmt: skip
+    config = SidtConfig(backbone_config=vit, pyramid_channels=16, group_size=4, head_layers=1, num_labels=3)
+    SidtForObjectDetection(config).save_pretrained(tmp_path / "dense")
+    SidtImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dense")
+    assert "axes;" in call("inspect", tmp_path / "dense")
+    call("prune", tmp_path / "dense", "--macs", 0.7, "--output", tmp_path / "small")
+    small = AutoModelForObjectDetection.from_pretrained(tmp_path / "small")
+    assert f"{sum(p.numel() for p in small.parameters()):,}" in call("measure", tmp_path / "small", "--rounds", 1)
+    call("export", tmp_path / "small")
+    assert (tmp_path / "small" / "model.onnx").exists()
+
+
 def test_what_cannot_be_done(model: Path, tmp_path: Path) -> None:
     assert "no folder" in call("inspect", tmp_path / "nowhere", code=1)
     (tmp_path / "empty").mkdir()
     assert "cannot be loaded" in call("measure", tmp_path / "empty", code=1)
+    assert "latency" in call("prune", model, "--latency", 1e-6, "--output", tmp_path / "out", code=1)
     assert "smallest model" in call("prune", model, "--macs", 0.0001, "--output", tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
     assert "magnitude" in call("prune", model, "--scores", "luck", "--output", tmp_path / "out", code=1)

@@ -157,8 +157,8 @@ def clean_annotations(
     num_labels = num_labels if num_labels is not None else len(names) if names else None
     counts = AnnotationCounts()
     cleaned = [
-        clean_objects(_by_field(objects), size, num_labels, counts, box_format)
-        for objects, size in zip(dataset[objects_column], _sizes(dataset, image_column), strict=True)
+        clean_objects(objects_by_field(objects), size, num_labels, counts, box_format)
+        for objects, size in zip(dataset[objects_column], image_sizes(dataset, image_column), strict=True)
     ]
     report(counts, f"the {len(dataset)} images")
     features = dict(kind) if isinstance(kind, dict) else {}
@@ -187,14 +187,15 @@ def report(counts: AnnotationCounts, what: str) -> None:
         logger.warning("%s: %s.", what, counts)
 
 
-def _by_field(objects: Any) -> Mapping[str, Sequence[Any]]:
+def objects_by_field(objects: Any) -> Mapping[str, Sequence[Any]]:
     """A list of objects, as some data sets have it, as lists of their fields."""
     if isinstance(objects, Mapping):
         return objects
     return {name: [o[name] for o in objects] for name in (objects[0] if objects else ("bbox", "category"))}
 
 
-def _sizes(dataset: Any, image_column: str) -> list[tuple[int, int]]:
+def image_sizes(dataset: Any, image_column: str) -> list[tuple[int, int]]:
+    """Width and height of every image of a data set: from its columns of these names, else from the files' headers."""
     import datasets
 
     if {"width", "height"} <= set(dataset.column_names):

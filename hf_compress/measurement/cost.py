@@ -2,22 +2,25 @@
 
 MACs are counted by :class:`torch.utils.flop_counter.FlopCounterMode` (2 FLOPs to a MAC) on the operators that really
 run. It knows no entry for the fused attention of the CPU, so scaled-dot-product attention is held to its plain
-implementation while counting.
+implementation while counting. Fourier transforms are added to it, and products of complex matrices as the four real
+ones that they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..axes.finding import Inputs, example_inputs_for, run_examples, run_model, undisturbed
+from ..axes.fourier import transform_macs
 from ..errors import CheckpointError
 from .latency import compare_latency
 
@@ -71,10 +74,33 @@ def count_macs(model: nn.Module, example_inputs: Inputs = None) -> int:
         ModelError: when the model cannot be run on the inputs.
     """
     inputs = first_example(example_inputs_for(model) if example_inputs is None else example_inputs)
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with undisturbed(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         run_examples(model, inputs)
     return counter.get_total_flops() // 2
+
+
+def _of_product(formula: Callable[..., int]) -> Callable[..., int]:
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return formula(*args, out_val=out_val, **kwargs) * (4 if out_val.is_complex() else 1)
+
+    count._get_raw = True  # type: ignore[attr-defined]  # torch's mark of a formula that wants tensors, not shapes
+    return count
+
+
+def _of_transform(signal: Tensor, dim: list[int], *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    whole = signal if not signal.is_complex() else out_val  # of the two the one that has every point
+    points = prod(whole.shape[position] for position in dim)
+    is_real = not (signal.is_complex() and out_val.is_complex())
+    return 2 * transform_macs(points, is_real) * (whole.numel() // points)
+
+
+_of_transform._get_raw = True  # type: ignore[attr-defined]
+_ATEN = torch.ops.aten
+_FORMULAS: dict[Any, Any] = {
+    **{op: _of_product(flop_registry[op]) for op in (_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm)},
+    **dict.fromkeys((_ATEN._fft_r2c, _ATEN._fft_c2r, _ATEN._fft_c2c), _of_transform),
+}
 
 
 def first_example(inputs: Any) -> Any:

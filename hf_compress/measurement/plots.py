@@ -1,4 +1,4 @@
-"""Three pictures for a model card, readable on a phone: widths, sparsity during training, accuracy against MACs.
+"""Pictures for a model card, readable on a phone: widths, dimensions, sparsity during training, accuracy against MACs.
 
 A picture is 6 inches wide at 150 dots per inch, so a phone shows it at 360 CSS pixels, 0.63 of its nominal size: 13.5 pt
 here are 8.4 pt there. Colours are blue and orange of the Okabe-Ito palette, which all kinds of colour vision tell apart.
@@ -34,7 +34,7 @@ class TradeoffPoint:
     Attributes:
         label: for example "dense", "pruned", "fine-tuned".
         macs: multiply-accumulates of one example.
-        accuracy: share of test images that are right, 0 to 1.
+        accuracy: share of test images that are right, or another figure from 0 to 1.
     """
 
     label: str
@@ -120,6 +120,63 @@ def _square(values: Any) -> Any:
     return values**2
 
 
+def plot_dimensions(
+    path: str | Path, before: Mapping[str, int], after: Mapping[str, int], kinds: Mapping[str, str]
+) -> Path:
+    """Dimensions of every layer before and after, a panel for each kind of dimension that changed.
+
+    Args:
+        path: the PNG to write.
+        before: axis name -> size, from input to output.
+        after: axis name -> size kept; a missing axis kept its size.
+        kinds: axis name -> kind; see :data:`hf_compress.methods.dimension_kinds.KINDS`.
+    """
+    panels: dict[str, list[tuple[int, int]]] = {kind: [] for kind in _KINDS}
+    for name, size in before.items():
+        panels[kinds[name]].append((size, after.get(name, size)))
+    panels = {kind: pairs for kind, pairs in panels.items() if any(left < size for size, left in pairs)}
+    if not panels:
+        raise ValueError("no axis changed its size, so there is nothing to draw.")
+    with _figure(path, 0.9 + 2.1 * len(panels)) as frame:
+        figure = frame.figure
+        frame.remove()
+        for axes, (kind, pairs) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+            _panel(axes, _KINDS[kind], pairs)
+        axes.set_xlabel("layer, from input to output")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return Path(path)
+
+
+_KINDS = {
+    "residual": "residual stream",
+    "heads": "attention heads",
+    "qk": "queries and keys, a head",
+    "v": "values, a head",
+    "mlp": "hidden units of the MLP",
+    "channels": "channels, or groups of them",
+}
+
+
+def _panel(axes: Any, title: str, pairs: Sequence[tuple[int, int]]) -> None:
+    places = range(1, len(pairs) + 1)
+    widest = max(size for size, _ in pairs)
+    axes.bar(places, [size for size, _ in pairs], color=_PALE, width=0.8, label="before")
+    axes.bar(places, [left for _, left in pairs], color=_BLUE, width=0.8, label="after")
+    if len(pairs) * (len(str(widest)) + 0.6) <= 44:  # characters, and gaps between them, that the width has room for
+        for place, (size, left) in zip(places, pairs, strict=True):
+            axes.text(place, size + 0.02 * widest, str(left), ha="center", va="bottom", fontsize=13, color=_BLUE)
+        axes.set_xticks(places)
+    else:
+        axes.xaxis.set_major_locator(_ticker().MaxNLocator(8, integer=True))
+    axes.set_ylim(0, 1.22 * widest)
+    axes.set_yticks([0, widest])
+    axes.set_xlim(0.4, max(len(pairs), 4) + 0.6)
+    axes.set_title(
+        f"{title}: {sum(left for _, left in pairs)} of {sum(size for size, _ in pairs)}", loc="left", fontsize=13.5
+    )
+    axes.tick_params(axis="x", length=0)
+
+
 def plot_sparsity(path: str | Path, history: Iterable[Mapping[str, Any]]) -> Path:
     """Share of scales that have vanished, over the training steps: all axes together, and each one faintly.
 
@@ -158,12 +215,13 @@ def _curve(entries: Sequence[Mapping[str, Any]], key: str) -> tuple[list[Any], l
     return [entry["step"] for entry in entries], [100 * entry[key] for entry in entries]
 
 
-def plot_tradeoff(path: str | Path, points: Sequence[TradeoffPoint]) -> Path:
+def plot_tradeoff(path: str | Path, points: Sequence[TradeoffPoint], measure: str = "accuracy") -> Path:
     """Accuracy against MACs, every model labelled; a line joins them in the given order.
 
     Args:
         path: the PNG to write.
         points: at least one; the first is drawn in orange as the dense model.
+        measure: what the points' ``accuracy`` is.
     """
     if not points:
         raise ValueError("there are no points to draw; give at least one.")
@@ -186,7 +244,7 @@ def plot_tradeoff(path: str | Path, points: Sequence[TradeoffPoint]) -> Path:
         axes.grid(color="#E3E3E3")
         axes.set_axisbelow(True)
         axes.set_xlabel(f"{unit}MACs for one image")
-        axes.set_title("accuracy", loc="left")
+        axes.set_title(measure, loc="left")
         _label_points(axes, x, y, [point.label for point in points])
     return Path(path)
 

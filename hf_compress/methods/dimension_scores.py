@@ -13,20 +13,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_compress.axes import Axis, AxisGraph
 from hf_compress.errors import MethodError, ModelError
 
+from .checkpoint_names import restore_names, use_own_names
 from .dimension_kinds import Place, kind_of, places_of
 from .scales import _as, _local, _whole
 
 #: the submodule of the model that holds the scores while training
 NAME = "hf_compress_dimension_scores"
-# save_pretrained writes many models (ViT, Swin, BEiT, ...) under older parameter names, which Trainer does not translate
-# when it resumes or loads the best model: it then goes on with random weights (transformers 5.24, its issue 48805). An
-# empty list of conversions keeps the names in checkpoints of a search as they are; from_pretrained reads both.
-_CONVERSIONS = "_weight_conversions"
 
 
 class DimensionScores(nn.Module):
@@ -102,9 +98,7 @@ class DimensionScores(nn.Module):
             self._handles.append(module.register_forward_pre_hook(gate.enter))
             # always: an exception (also the one by which checkpointing ends a recomputation) must not leave W * alpha
             self._handles.append(module.register_forward_hook(gate.leave, always_call=True))
-        self._conversions = vars(model).get(_CONVERSIONS)
-        if isinstance(model, PreTrainedModel):
-            vars(model)[_CONVERSIONS] = []
+        self._names = use_own_names(model)  # checkpoints of a search hold the scores and serve to resume alone
         setattr(model, NAME, self)
 
     def fold(self, model: nn.Module) -> None:
@@ -126,9 +120,7 @@ class DimensionScores(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        vars(model).pop(_CONVERSIONS, None)
-        if self._conversions is not None:
-            vars(model)[_CONVERSIONS] = self._conversions
+        restore_names(model, self._names)
         delattr(model, NAME)
 
 

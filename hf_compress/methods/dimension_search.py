@@ -12,6 +12,7 @@ weights instead of being rounded to one; no layer falls below a minimum; and sco
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -325,6 +326,22 @@ class DimensionSearchCallback(AxisCallback):
             BudgetError: when the target cannot be met; says how far it can.
         """
         return self._plan(*self._result(model), measure=measure)
+
+    def first_scores(self, model: nn.Module) -> dict[str, Tensor]:
+        """All 1; the target is checked on a copy of the model.
+
+        Raises:
+            MethodError, NothingToShrinkError, BudgetError: as the start of training.
+        """
+        self._validate()
+        copied = copy.deepcopy(model)
+        self.attach(copied)
+        self.plan(copied)
+        return self.scores(copied)
+
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        """What :meth:`plan` keeps, as masks."""
+        return self.plan(model).masks(self._result(model)[0])
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

@@ -9,10 +9,10 @@ the very same pixels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError, RecipeError
-from .schema import DataSection, Recipe
+from .schema import Recipe
 
 MEMORY_LIMIT = 2 * 1024**3  # bytes of resized images that are kept in memory; above it they are decoded batch by batch
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo", "pixel_values")
@@ -43,22 +43,44 @@ class RawSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def strata(self) -> np.ndarray:
+        """int64 [n]: what is held out in equal shares."""
+        return self.labels
+
     def take(self, chosen: np.ndarray) -> RawSplit:
         """The subset at the given indices."""
         return RawSplit(lambda indices: self.read([int(chosen[i]) for i in indices]), self.labels[chosen])
 
 
+class Raw(Protocol):
+    """What the splits of all tasks have in common."""
+
+    @property
+    def read(self) -> Callable[[Sequence[int]], list[Image.Image]]: ...
+
+    @property
+    def strata(self) -> np.ndarray: ...
+
+    def __len__(self) -> int: ...
+
+    def take(self: R, chosen: np.ndarray) -> R: ...
+
+
+R = TypeVar("R", bound=Raw)
+
+
 @dataclass(frozen=True)
-class RawData:
+class RawData(Generic[R]):
     """Three splits, the names of the classes, and the size that images have before resizing (None where it varies)."""
 
-    train: RawSplit
-    validation: RawSplit
-    test: RawSplit
+    train: R
+    validation: R
+    test: R
     label_names: list[str]
     native_size: tuple[int, int] | None
 
-    def splits(self) -> dict[str, RawSplit]:
+    def splits(self) -> dict[str, R]:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
@@ -101,6 +123,10 @@ class ImageSplit(Dataset[dict[str, Tensor]]):
         if self.crop_padding or self.flip:
             pixels = self._augment(pixels, chosen)
         return {"pixel_values": self._normalise(pixels), "labels": self.labels[chosen]}
+
+    def pixels(self, number: int) -> Tensor:
+        """The first images, [up to ``number``, 3, height, width]."""
+        return self.__getitems__(range(min(number, len(self))))["pixel_values"]
 
     def _resize(self, indices: Sequence[int]) -> Tensor:
         images = self.raw.read(indices)
@@ -159,8 +185,8 @@ def _normaliser(processor: Any, images: list[Image.Image]) -> Callable[[Tensor],
     return normalise
 
 
-def load_data(recipe: Recipe) -> RawData:
-    """Find the images that a recipe names and divide them.
+def load_data(recipe: Recipe) -> RawData[RawSplit]:
+    """Find the labelled images that a recipe names and divide them.
 
     Raises:
         DataError: when they cannot be loaded, have no labels, or a split is empty.
@@ -171,19 +197,21 @@ def load_data(recipe: Recipe) -> RawData:
         chosen = {"train": "all", "validation": None, "test": None}
     else:
         parts, names, chosen = _from_datasets(recipe)
-    splits = _divide(section, parts, chosen)
+    splits = divide(recipe, parts, chosen)
     for name, split in splits.items():
-        if not len(split):
-            share = f"; {name}_share or {name}_split chooses it" if name != "train" else ""
-            raise DataError(f"{recipe.where('data')}: the {name} split of {section.name} is empty{share}.")
         if split.labels.min() < 0:
             raise DataError(
                 f"{recipe.where('data')}: {int((split.labels < 0).sum())} of {len(split)} images of the {name} split of "
                 f"{section.name} have no label. Choose a labelled split with {name}_split."
             )
-    probe = splits["train"].read(range(min(16, len(splits["train"]))))
+    return RawData(**splits, label_names=names, native_size=native_size(splits["train"]))
+
+
+def native_size(split: Raw) -> tuple[int, int] | None:
+    """Height and width of the images, None where they differ."""
+    probe = split.read(range(min(16, len(split))))
     sizes = {(image.height, image.width) for image in probe}
-    return RawData(**splits, label_names=names, native_size=sizes.pop() if len(sizes) == 1 else None)
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _digits() -> RawSplit:
@@ -196,18 +224,32 @@ def _digits() -> RawSplit:
     )
 
 
-def _divide(section: DataSection, parts: dict[str, RawSplit], chosen: dict[str, str | None]) -> dict[str, RawSplit]:
+def divide(recipe: Recipe, parts: Mapping[str, R], chosen: Mapping[str, str | None]) -> dict[str, R]:
+    """The three splits: those that there are, the others held out of the training images, each within its limit.
+
+    Args:
+        parts: name of a split of the data -> the split.
+        chosen: train, validation and test -> name of a split of the data, or None.
+
+    Raises:
+        DataError: when a split is left without images.
+    """
+    section = recipe.data
     draw = np.random.default_rng(section.split_seed)
     splits = {name: parts[source] for name, source in chosen.items() if source is not None}
     for name, share in (("test", section.test_share), ("validation", section.validation_share)):
         if name not in splits:
-            held_out = _hold_out(splits["train"].labels, share, draw)
+            held_out = _hold_out(splits["train"].strata, share, draw)
             rest = np.setdiff1d(np.arange(len(splits["train"])), held_out)
             splits[name], splits["train"] = splits["train"].take(held_out), splits["train"].take(rest)
     for name in ("train", "validation", "test"):
         limit = getattr(section, f"{name}_limit")
         if limit is not None and limit < len(splits[name]):
             splits[name] = splits[name].take(np.sort(draw.permutation(len(splits[name]))[:limit]))
+    for name, split in splits.items():
+        if not len(split):
+            share_or_split = f"; {name}_share or {name}_split chooses it" if name != "train" else ""
+            raise DataError(f"{recipe.where('data')}: the {name} split of {section.name} is empty{share_or_split}.")
     return splits
 
 
@@ -221,6 +263,28 @@ def _hold_out(labels: np.ndarray, share: float, draw: np.random.Generator) -> np
 
 
 def _from_datasets(recipe: Recipe) -> tuple[dict[str, RawSplit], list[str], dict[str, str | None]]:
+    loaded = load_splits(recipe)
+    chosen = choose_splits(recipe, list(loaded))
+    used = sorted({name for name in chosen.values() if name})
+    for name in used:
+        if not len(loaded[name]):
+            where = recipe.where("data", "name")
+            raise DataError(f"{where}: the split {name!r} of {recipe.data.name} is empty.")
+    features = loaded[used[0]].features
+    pictures = image_column(recipe, features)
+    label_column = _label_column(recipe, features, pictures)
+    columns = {name: loaded[name].with_format(None)[label_column] for name in used}
+    names, labels = encode(recipe, features[label_column], columns)
+    parts = {name: RawSplit(image_reader(recipe, loaded[name], name, pictures), labels[name]) for name in used}
+    return parts, names, chosen
+
+
+def load_splits(recipe: Recipe) -> Any:
+    """What ``datasets`` finds under the recipe's name: name of a split -> its table.
+
+    Raises:
+        DataError: when nothing can be loaded.
+    """
     import datasets
 
     section = recipe.data
@@ -229,25 +293,18 @@ def _from_datasets(recipe: Recipe) -> tuple[dict[str, RawSplit], list[str], dict
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = datasets.load_dataset(str(place or section.name), section.subset)
+            return datasets.load_dataset(str(place or section.name), section.subset)
     except Exception as error:  # the errors of datasets, huggingface_hub and the network share no base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        builtin, example = (
+            ("scenes", "detection-datasets/coco")
+            if recipe.task == "object-detection"
+            else ("digits", "zalando-datasets/fashion_mnist")
+        )
         raise DataError(
-            f"{where}: {section.name!r} could not be loaded ({reason}). Possible: digits, a local folder, or a Hub id "
-            "such as zalando-datasets/fashion_mnist."
+            f"{where}: {section.name!r} could not be loaded ({reason}). Possible: {builtin}, a local folder, or a Hub id "
+            f"such as {example}."
         ) from error
-    chosen = _choose_splits(recipe, list(loaded))
-    used = sorted({name for name in chosen.values() if name})
-    for name in used:
-        if not len(loaded[name]):
-            raise DataError(f"{where}: the split {name!r} of {section.name} is empty.")
-    features = loaded[used[0]].features
-    image_column = _image_column(recipe, features, datasets)
-    label_column = _label_column(recipe, features, datasets, image_column)
-    columns = {name: loaded[name].with_format(None)[label_column] for name in used}
-    names, labels = _encode(recipe, features[label_column], columns, datasets)
-    parts = {name: RawSplit(_reader(recipe, loaded[name], name, image_column), labels[name]) for name in used}
-    return parts, names, chosen
 
 
 def local_folder(recipe: Recipe, name: str, *field: str) -> Path | None:
@@ -268,7 +325,12 @@ def local_folder(recipe: Recipe, name: str, *field: str) -> Path | None:
     return None
 
 
-def _choose_splits(recipe: Recipe, available: list[str]) -> dict[str, str | None]:
+def choose_splits(recipe: Recipe, available: list[str]) -> dict[str, str | None]:
+    """train, validation and test -> which of the available splits it is; None for one that is to be held out.
+
+    Raises:
+        DataError: when a split that the recipe names is not there, or none can be the training split.
+    """
     section = recipe.data
     known = {
         "train": ("train", "training"),
@@ -303,16 +365,28 @@ def _choose_splits(recipe: Recipe, available: list[str]) -> dict[str, str | None
     return chosen
 
 
-def _named_column(recipe: Recipe, features: Any, field: str) -> str:
+def named_column(recipe: Recipe, features: Any, field: str) -> str:
+    """The column that a field of ``data`` names.
+
+    Raises:
+        DataError: when there is none of this name.
+    """
     name: str = getattr(recipe.data, field)
     if name not in features:
         raise DataError(f"{recipe.where('data', field)}: there is no column {name!r}. Columns: {', '.join(features)}.")
     return name
 
 
-def _image_column(recipe: Recipe, features: Any, datasets: Any) -> str:
+def image_column(recipe: Recipe, features: Any) -> str:
+    """The column with the images: the one that the recipe names, else found by its type.
+
+    Raises:
+        DataError: when there is none, or one of several would have to be guessed.
+    """
+    import datasets
+
     if recipe.data.image_column is not None:
-        return _named_column(recipe, features, "image_column")
+        return named_column(recipe, features, "image_column")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     preferred = [name for name in images if name in _IMAGE_COLUMNS] or images
     if len(preferred) == 1:
@@ -321,9 +395,11 @@ def _image_column(recipe: Recipe, features: Any, datasets: Any) -> str:
     raise DataError(f"{recipe.where('data')}: of the columns of {recipe.data.name}, {found}. Set data.image_column.")
 
 
-def _label_column(recipe: Recipe, features: Any, datasets: Any, image_column: str) -> str:
+def _label_column(recipe: Recipe, features: Any, image_column: str) -> str:
+    import datasets
+
     if recipe.data.label_column is not None:
-        return _named_column(recipe, features, "label_column")
+        return named_column(recipe, features, "label_column")
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     usual = [name for name in features if name in _LABEL_COLUMNS and name != image_column]
     preferred = [name for name in usual if name in classes] or (classes if len(classes) == 1 else []) or usual
@@ -335,10 +411,18 @@ def _label_column(recipe: Recipe, features: Any, datasets: Any, image_column: st
     )
 
 
-def _encode(
-    recipe: Recipe, feature: Any, columns: dict[str, Any], datasets: Any
-) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Class names and, per split, int64 labels with -1 where a label is missing."""
+def encode(recipe: Recipe, feature: Any, columns: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Class names and, per split, int64 labels with -1 where a label is missing.
+
+    Args:
+        feature: the labels' type in the data set.
+        columns: name of a split -> its labels: classes, integers or texts.
+
+    Raises:
+        DataError: for labels of another type, and integers with gaps.
+    """
+    import datasets
+
     values = {name: list(column) for name, column in columns.items()}
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
@@ -368,7 +452,8 @@ def _encode(
     return names, coded
 
 
-def _reader(recipe: Recipe, dataset: Any, split: str, column: str) -> Callable[[Sequence[int]], list[Image.Image]]:
+def image_reader(recipe: Recipe, dataset: Any, split: str, column: str) -> Callable[[Sequence[int]], list[Image.Image]]:
+    """A function that decodes images of a split, given their places, as RGB."""
     images = dataset.select_columns([column])
 
     def read(indices: Sequence[int]) -> list[Image.Image]:

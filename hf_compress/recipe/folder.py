@@ -62,7 +62,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path / MARKER} cannot be read ({error}). Start over with --restart, or choose another --output."
             ) from error
-        changes = _changes(before, self._content())
+        changes = _changes(_completed(before), self._content())
         if changes:
             raise CheckpointError(
                 f"{self.path} holds a run of another recipe: {'; '.join(self._changed(*c) for c in changes[:5])}"
@@ -208,6 +208,15 @@ def _changes(
         found = [_changes(old, new, (*location, i)) for i, (old, new) in enumerate(zip(before, now, strict=False))]
         return [change for part in found for change in part]
     return [] if before == now else [(location, before, now)]
+
+
+def _completed(recipe: Any) -> Any:
+    """The recipe of an earlier run with the defaults of fields that are newer than the run."""
+    try:
+        content = Recipe.model_validate(recipe).model_dump(mode="json", exclude={"output"})
+    except ValueError:  # pydantic's error is one; what differs is then said field by field
+        return recipe
+    return json.loads(json.dumps(content, default=str))
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,6 @@ What is wrong is found here, in seconds, and said with the recipe's line; what i
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import inspect
 import math
@@ -20,19 +19,13 @@ from torch import Tensor
 
 from ..axes import AxisGraph, find_axes
 from ..errors import DataError, HfCompressError, HubError, ModelError, NothingToShrinkError, RecipeError
+from ..export.outputs import named_outputs
+from ..measurement.latency_table import LatencyTable
 from ..surgery import magnitude_scores
-from .data import ImageSplit, RawData, load_data, local_folder
-from .schema import (
-    DimensionSearchStage,
-    Method,
-    NetworkSlimmingStage,
-    ProximalSlimmingStage,
-    PruneStage,
-    Recipe,
-    Training,
-    scoring_stage,
-)
+from .data import RawData, local_folder
+from .schema import Method, PruneStage, Recipe, Training, scoring_stage
 from .source import closest
+from .tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -53,35 +46,33 @@ class Prepared:
     """
 
     recipe: Recipe
-    data: RawData
+    data: RawData[Any]
     processor: Any
     model: PreTrainedModel
     axes: AxisGraph | None
     steps: dict[int, int] = field(default_factory=dict)
     goals: dict[int, str] = field(default_factory=dict)
-    _splits: dict[str, ImageSplit] = field(default_factory=dict)
+    _splits: dict[str, Any] = field(default_factory=dict)
 
-    def split(self, name: str) -> ImageSplit:
+    @property
+    def task(self) -> Task:
+        """What the model does."""
+        return TASKS[self.recipe.task]
+
+    def split(self, name: str) -> Any:
         """The images of a split as the model takes them, without augmentation."""
         if name not in self._splits:
-            self._splits[name] = ImageSplit(self.data.splits()[name], self.processor)
+            self._splits[name] = self.task.split(self.data.splits()[name], self.processor, self.data)
         return self._splits[name]
 
-    def training_split(self, seed: int) -> ImageSplit:
+    def training_split(self, seed: int) -> Any:
         """The training images with the recipe's augmentation."""
-        section = self.recipe.data
-        return ImageSplit(
-            self.data.train,
-            self.processor,
-            crop_padding=section.crop_padding,
-            flip=section.horizontal_flip,
-            seed=seed,
-        )
+        return self.task.training_split(self.recipe, self.processor, self.data, seed)
 
     @property
     def example_inputs(self) -> dict[str, Tensor]:
         """One real image as the model takes it."""
-        return {"pixel_values": self.split("validation")[0]["pixel_values"][None]}
+        return {"pixel_values": self.split("validation").pixels(1)}
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -95,7 +86,7 @@ def prepare(recipe: Recipe) -> Prepared:
         if isinstance(stage, Training):
             training_arguments(recipe, index, Path("unused"))
             method_callback(recipe, index)
-    data = load_data(recipe)
+    data = TASKS[recipe.task].load_data(recipe)
     model = build_model(recipe, data)
     processor = build_processor(recipe, data, model)
     prepared = Prepared(recipe, data, processor, model, None)
@@ -117,6 +108,11 @@ def check_installation(recipe: Recipe) -> None:
     Raises:
         RecipeError, HubError: naming what is missing.
     """
+    for module, install in TASKS[recipe.task].modules.items():
+        if importlib.util.find_spec(module) is None:
+            raise RecipeError(
+                f"{recipe.where('task')}: {recipe.task} needs {module}, not installed. Run `pip install '{install}'`."
+            )
     for index, stage in enumerate(recipe.stages):
         missing = [name for name in _NEEDED.get(stage.stage, ()) if importlib.util.find_spec(name) is None]
         if missing:
@@ -162,7 +158,7 @@ def training_arguments(recipe: Recipe, index: int, folder: Path) -> TrainingArgu
         "save_strategy": "steps" if "save_steps" in given else "epoch",
         "logging_strategy": "steps" if "logging_steps" in given else "epoch",
         "report_to": "none",
-        "per_device_eval_batch_size": 256,
+        "per_device_eval_batch_size": TASKS[recipe.task].eval_batch_size,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     try:
@@ -170,7 +166,7 @@ def training_arguments(recipe: Recipe, index: int, folder: Path) -> TrainingArgu
             output_dir=str(folder),
             seed=recipe.seed + index,  # every stage draws its own order of the data
             remove_unused_columns=False,
-            **{**defaults, **given},
+            **{**defaults, **given, **TASKS[recipe.task].arguments},
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
         place = ("stages", index, "training") if stage.training else ("training",)
@@ -192,48 +188,19 @@ def method_callback(recipe: Recipe, index: int, example_inputs: dict[str, Tensor
     Raises:
         HfCompressError: when the method refuses its parameters.
     """
-    from .. import methods
-
     stage = recipe.stages[index]
+    if not isinstance(stage, Method):
+        return None
     try:
-        if isinstance(stage, NetworkSlimmingStage):
-            return methods.NetworkSlimmingCallback(
-                methods.penalty_from(stage.penalty, **stage.parameters),
-                stage.strength,
-                grouping=stage.grouping or "scale",
-                gamma_init=stage.gamma_init,
-                example_inputs=example_inputs,
-            )
-        if isinstance(stage, ProximalSlimmingStage):
-            return methods.ProximalSlimmingCallback(
-                stage.strength,
-                stage.coupling,
-                penalty=methods.penalty_from(stage.penalty, **stage.parameters),
-                grouping=stage.grouping or "axis",
-                gamma_init=stage.gamma_init,
-                example_inputs=example_inputs,
-            )
-        if isinstance(stage, DimensionSearchStage):
-            return methods.DimensionSearchCallback(
-                stage.strength,
-                stage.target,
-                stage.warmup,
-                penalty=methods.penalty_from(stage.penalty, **stage.parameters),
-                kinds=stage.kinds,
-                inexact=stage.inexact,
-                min_keep=stage.min_keep,
-                lr_factor=stage.lr_factor,
-                example_inputs=example_inputs,
-            )
+        return stage.callback(example_inputs)
     except (HfCompressError, TypeError, ValueError) as error:
         raise RecipeError(f"{recipe.where('stages', index)}: {_first_line(error)}") from error
-    return None
 
 
 # -- model and processor ------------------------------------------------------------------------------------------
 
 
-def build_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
+def build_model(recipe: Recipe, data: RawData[Any]) -> PreTrainedModel:
     """The model before the first stage, with the classes of the data.
 
     Raises:
@@ -252,9 +219,10 @@ def build_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
     return model
 
 
-def _new_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
+def _new_model(recipe: Recipe, data: RawData[Any]) -> PreTrainedModel:
+    from transformers import CONFIG_MAPPING
 
+    task = TASKS[recipe.task]
     given = dict(recipe.model.config or {})
     kind = given.pop("model_type")
     here = ("model", "config")
@@ -263,12 +231,13 @@ def _new_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
             f"{recipe.where(*here, 'model_type')}: there is no model type {kind!r}.{closest(kind, CONFIG_MAPPING.keys())}"
         )
     config_class = CONFIG_MAPPING[kind]
-    if config_class not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+    if config_class not in task.model_types():
         raise RecipeError(
-            f"{recipe.where(*here, 'model_type')}: {kind!r} has no model for image classification in transformers. "
-            "Possible, for example: resnet, mobilenet_v2, convnext, vit, swin, timm_wrapper."
+            f"{recipe.where(*here, 'model_type')}: {kind!r} has no model for {task.words} in transformers. Possible, for "
+            f"example: {task.examples}."
         )
-    known = [name for name in dir(config_class()) if not name.startswith("_")]
+    usual = config_class()
+    known = [name for name in dir(usual) if not name.startswith("_")]
     accepted = [*known, *inspect.signature(config_class).parameters]
     for name in given:
         if name not in accepted:
@@ -284,17 +253,20 @@ def _new_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
     given.pop("num_labels", None)
     size = recipe.data.image_size or data.native_size
     if "image_size" in known and "image_size" not in given and size is not None:
-        given["image_size"] = size if isinstance(size, int) or size[0] != size[1] else size[0]
+        height, width = (size, size) if isinstance(size, int) else size
+        is_pair = height != width or isinstance(usual.image_size, (list, tuple))
+        given["image_size"] = [height, width] if is_pair else height
     labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     try:
-        return AutoModelForImageClassification.from_config(config_class(**given, **labels))
+        return task.auto_class.from_config(config_class(**given, **labels))
     except Exception as error:  # configuration classes raise anything from KeyError to RuntimeError
         raise ModelError(f"{recipe.where(*here)}: no {kind} can be built from this: {_first_line(error)}") from error
 
 
-def _pretrained_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForImageClassification
+def _pretrained_model(recipe: Recipe, data: RawData[Any]) -> PreTrainedModel:
+    from transformers import AutoConfig
 
+    task = TASKS[recipe.task]
     where = recipe.where("model", "pretrained")
     place = pretrained_name(recipe)
     names = data.label_names
@@ -315,12 +287,12 @@ def _pretrained_model(recipe: Recipe, data: RawData) -> PreTrainedModel:
                 f"{where}: the model numbers its classes {', '.join(config_labels[:4])}, ...; {recipe.data.name} numbers "
                 f"them {', '.join(names[:4])}, ... Set model.new_head: true, or relabel the data."
             )
-        model, loading = AutoModelForImageClassification.from_pretrained(place, output_loading_info=True, **arguments)
+        model, loading = task.auto_class.from_pretrained(place, output_loading_info=True, **arguments)
     except HfCompressError:
         raise
     except Exception as error:  # a missing folder, the network, a damaged file: no common class
         raise ModelError(
-            f"{where}: {recipe.model.pretrained!r} cannot be loaded for image classification: {_first_line(error)}"
+            f"{where}: {recipe.model.pretrained!r} cannot be loaded for {task.words}: {_first_line(error)}"
         ) from error
     missing = sorted(loading["missing_keys"])
     if missing and not recipe.model.new_head:
@@ -338,15 +310,15 @@ def pretrained_name(recipe: Recipe) -> str:
     return str(folder) if folder is not None else recipe.model.pretrained
 
 
-def build_processor(recipe: Recipe, data: RawData, model: PreTrainedModel) -> Any:
+def build_processor(recipe: Recipe, data: RawData[Any], model: PreTrainedModel) -> Any:
     """The image processor: that of a pretrained model where it has one, else plain resizing and normalisation.
 
     Raises:
         DataError: when no image size can be found.
     """
-    from transformers import AutoImageProcessor, ViTImageProcessor
+    from transformers import AutoImageProcessor
 
-    section = recipe.data
+    section, task = recipe.data, TASKS[recipe.task]
     asked: dict[str, Any] = {}
     if section.image_mean is not None:
         asked["image_mean"] = section.image_mean
@@ -360,7 +332,7 @@ def build_processor(recipe: Recipe, data: RawData, model: PreTrainedModel) -> An
         if processor is not None:
             if section.image_size is None:
                 return processor
-            if "height" in (processor.size or {}):
+            if "height" in (processor.size or {}) or recipe.task == "object-detection":
                 processor.size = {"height": section.image_size, "width": section.image_size}
                 return processor
     size = section.image_size or _setting(model, "image_size") or data.native_size
@@ -370,7 +342,7 @@ def build_processor(recipe: Recipe, data: RawData, model: PreTrainedModel) -> An
             "data.image_size, for example to 224."
         )
     height, width = (size, size) if isinstance(size, int) else size
-    return ViTImageProcessor(size={"height": height, "width": width}, **asked)  # resize, rescale, normalise
+    return task.new_processor(model, size={"height": height, "width": width}, **asked)
 
 
 def _setting(model: PreTrainedModel, name: str) -> Any:
@@ -399,11 +371,11 @@ def _check_weights(recipe: Recipe, model: PreTrainedModel) -> None:
 def _check_images(prepared: Prepared) -> None:
     """Run the model on two real images."""
     recipe, model = prepared.recipe, prepared.model
-    pixels = prepared.split("validation").__getitems__([0, min(1, len(prepared.data.validation) - 1)])["pixel_values"]
+    pixels = prepared.split("validation").pixels(2)
     shape = "x".join(str(n) for n in pixels.shape[1:])
     try:
         with torch.no_grad():
-            logits = model.eval()(pixel_values=pixels).logits
+            outputs = named_outputs(model.eval()(pixel_values=pixels))
     except Exception as error:  # every architecture complains in its own way
         named = _setting(model, "image_size")
         hint = f"Set data.image_size: {named}, which the model names." if named else "Set another data.image_size."
@@ -411,7 +383,7 @@ def _check_images(prepared: Prepared) -> None:
             f"{recipe.where('data', 'image_size')}: {type(model).__name__} cannot take images of {shape} (channels x "
             f"height x width): {_first_line(error)} {hint}"
         ) from error
-    if not bool(torch.isfinite(logits).all()):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs.values()):
         raise ModelError(f"{recipe.where('model')}: the model answers with NaN or infinity before any training.")
 
 
@@ -420,6 +392,7 @@ def _check_budgets(prepared: Prepared) -> None:
     recipe, axes, model = prepared.recipe, prepared.axes, prepared.model
     assert axes is not None
     found: dict[int, Mapping[str, Tensor]] = {}  # number of a method's stage -> the scores that it begins with
+    table: LatencyTable | None = None
     for index, stage in enumerate(recipe.stages):
         here = recipe.where("stages", index)
         try:
@@ -431,24 +404,19 @@ def _check_budgets(prepared: Prepared) -> None:
                 source = scoring_stage(recipe, index) if stage.scores == "auto" else None
                 scores = magnitude_scores(model, axes) if source is None else found[source]
                 if stage.support:
-                    is_search = source is not None and isinstance(recipe.stages[source], DimensionSearchStage)
-                    chosen = "the target of the search names" if is_search else "the slimming stage leaves at zero"
-                    prepared.goals[index] = f"what {chosen} goes"
+                    assert source is not None
+                    prepared.goals[index] = recipe.stages[source].decides  # type: ignore[union-attr]
                     continue
-                plan = choose(stage, axes, scores, dense=axes)
-                prepared.goals[index] = _goal(stage, axes, plan)
+                if stage.latency is not None and table is None:
+                    table = LatencyTable.for_model(model, axes, prepared.example_inputs)
+                plan = choose(stage, axes, scores, dense=axes, latency_table=table)
+                prepared.goals[index] = _goal(stage, axes, plan, table)
         except HfCompressError as error:
             raise type(error)(f"{here}: {error}") from error
 
 
 def _method_scores(prepared: Prepared, index: int) -> Mapping[str, Tensor]:
-    callback = method_callback(prepared.recipe, index, prepared.example_inputs)
-    if isinstance(prepared.recipe.stages[index], DimensionSearchStage):
-        model = copy.deepcopy(prepared.model)
-        callback.attach(model)
-        callback.plan(model)  # sees whether the target can be met
-        return callback.scores(model)
-    scores = callback.scores(prepared.model)
+    scores = method_callback(prepared.recipe, index, prepared.example_inputs).first_scores(prepared.model)
     if not scores:
         raise NothingToShrinkError(
             f"{type(prepared.model).__name__} has no axis with a learned scale (BatchNorm or layer scale), which "
@@ -457,12 +425,16 @@ def _method_scores(prepared: Prepared, index: int) -> Mapping[str, Tensor]:
     return scores
 
 
-def _goal(stage: PruneStage, axes: AxisGraph, plan: Any) -> str:
+def _goal(stage: PruneStage, axes: AxisGraph, plan: Any, table: LatencyTable | None) -> str:
     macs, params = axes.cost(plan)
-    asked = stage.macs or stage.params or "ratio"
+    left = f"to about {macs:,} MACs and {params:,} parameters"
+    if stage.latency is not None and table is not None:
+        asked = f"{stage.latency:g} of the time" if stage.latency <= 1 else f"{stage.latency:g} ms"
+        return f"{asked}: from about {table.dense_ms:.3g} to {table.predict(plan):.3g} ms for one image, {left}"
+    wanted = stage.macs or stage.params or "ratio"
     kind = "MACs" if stage.macs is not None else "parameters" if stage.params is not None else "widths"
-    limit = f"{asked:g} of the {kind}" if isinstance(asked, float) and asked < 1 else f"{asked} {kind}"
-    return f"{limit}: to about {macs:,} MACs and {params:,} parameters"
+    limit = f"{wanted:g} of the {kind}" if isinstance(wanted, float) and wanted < 1 else f"{wanted} {kind}"
+    return f"{limit}: {left}"
 
 
 def _first_line(error: BaseException) -> str:

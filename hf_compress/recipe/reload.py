@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,23 +19,30 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 import hf_compress
-from transformers import AutoModelForImageClassification
+import transformers
 
-folder, pixels, logits, threads = sys.argv[1:]
+folder, auto_class, pixels, outputs, threads, *names = sys.argv[1:]
 torch.set_num_threads(int(threads))
-model = AutoModelForImageClassification.from_pretrained(folder).eval()
+model = getattr(transformers, auto_class).from_pretrained(folder).eval()
 with torch.no_grad():
-    save_file({"logits": model(**load_file(pixels)).logits.contiguous()}, logits)
+    found = model(**load_file(pixels))
+save_file({name: found[name].contiguous() for name in names}, outputs)
 """
 
 
-def reload_difference(folder: Path, pixel_values: Tensor, expected: Tensor) -> float:
-    """The largest difference of any logit after a reload in a new process by the stock ``from_pretrained``.
+def reload_difference(
+    folder: Path,
+    pixel_values: Tensor,
+    expected: Mapping[str, Tensor],
+    auto_class: str = "AutoModelForImageClassification",
+) -> float:
+    """The largest difference of any output after a reload in a new process by the stock ``from_pretrained``.
 
     Args:
         folder: of the saved model.
         pixel_values: [n, channels, height, width].
-        expected: [n, classes], the logits of the model in this process.
+        expected: name of an output (``logits``, ``pred_boxes``) -> what it is in this process.
+        auto_class: transformers' class that loads it.
 
     Raises:
         CheckpointError: when the new process fails.
@@ -44,12 +52,13 @@ def reload_difference(folder: Path, pixel_values: Tensor, expected: Tensor) -> f
     home = str(Path(__file__).resolve().parents[2])  # so that the new process finds this very package
     paths = os.pathsep.join(part for part in (home, os.environ.get("PYTHONPATH", "")) if part)
     with tempfile.TemporaryDirectory() as temporary:
-        pixels, logits = Path(temporary) / "pixels.safetensors", Path(temporary) / "logits.safetensors"
+        pixels, outputs = Path(temporary) / "pixels.safetensors", Path(temporary) / "outputs.safetensors"
         save_file({"pixel_values": pixel_values.contiguous()}, pixels)
-        command = [sys.executable, "-c", _PROGRAM, str(folder), str(pixels), str(logits), str(torch.get_num_threads())]
+        arguments = [str(folder), auto_class, str(pixels), str(outputs), str(torch.get_num_threads()), *expected]
+        command = [sys.executable, "-c", _PROGRAM, *arguments]
         result = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
         if result.returncode != 0:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise CheckpointError(f"{folder} could not be loaded again in a new process: {reason}")
-        found = load_file(logits)["logits"]
-    return float((found - expected).abs().max())
+        found = load_file(outputs)
+    return max(float((found[name] - tensor).abs().max()) for name, tensor in expected.items())

@@ -15,7 +15,7 @@ from .folder import RunFolder, write_json
 from .preparation import Prepared
 from .reload import reload_difference
 from .schema import MODEL_STAGES, Method, PushStage, ReportStage
-from .stages import load_model, test_pixels, unpruned_stages
+from .stages import OUTPUTS_FILE, load_model, test_pixels, unpruned_stages
 
 
 def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
@@ -27,9 +27,8 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     Returns:
         Notes for ``done.json``: which stage's model is the dense one, and its metrics.
     """
-    from ..export import export_onnx, onnx_difference, onnx_runner
+    from ..export import export_onnx, onnx_difference, onnx_outputs
     from ..measurement import checkpoint_bytes, compare_latency, count_macs, describe_machine
-    from .training import accuracy
 
     stage = prepared.recipe.stages[index]
     assert isinstance(stage, ReportStage)
@@ -37,10 +36,10 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     made.mkdir()
     chosen = dense_stage(prepared, folder, stage)
     paths = {"dense": folder.model(chosen), "compressed": folder.model(index)}
-    models = {name: load_model(path) for name, path in paths.items()}
+    models = {name: load_model(prepared, path) for name, path in paths.items()}
     image, pixels = prepared.example_inputs["pixel_values"], test_pixels(prepared)
 
-    accuracies = {name: accuracy(model, prepared.split("test")) for name, model in models.items()}
+    figures = {name: prepared.task.measure(model, prepared.split("test")) for name, model in models.items()}
     for model in models.values():
         model.to("cpu").eval()
     times = compare_latency({n: _caller(m, image) for n, m in models.items()}, stage.latency_rounds)
@@ -49,15 +48,15 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     exported = _exported(prepared, folder)
     if exported is not None:
         dense_file = export_onnx(models["dense"], partial / "dense.onnx", {"pixel_values": image}, tolerance=1e-2)
-        runners = {"dense": onnx_runner(dense_file), "compressed": onnx_runner(exported)}
+        runners = {"dense": onnx_outputs(dense_file), "compressed": onnx_outputs(exported)}
         onnx_times |= compare_latency({n: _caller(r, image) for n, r in runners.items()}, stage.latency_rounds)
         onnx_max_abs_diff = onnx_difference(models["compressed"], exported, pixels)
         dense_file.unlink()
-    expected = load_file(paths["compressed"].parent / "logits.safetensors")["logits"]  # before it was saved
+    expected = load_file(paths["compressed"].parent / OUTPUTS_FILE)  # before it was saved
 
     metrics: dict[str, Any] = {
         name: {
-            "accuracy": accuracies[name],
+            **figures[name],
             "params": sum(p.numel() for p in model.parameters()),
             "macs": count_macs(model, {"pixel_values": image}),
             "bytes": checkpoint_bytes(paths[name]),
@@ -66,10 +65,12 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
         }
         for name, model in models.items()
     }
-    metrics["reload_max_abs_diff"] = reload_difference(paths["compressed"], pixels, expected)
+    metrics["reload_max_abs_diff"] = reload_difference(
+        paths["compressed"], pixels, expected, prepared.task.auto_class.__name__
+    )
     metrics["onnx_max_abs_diff"] = onnx_max_abs_diff
     write_json(made / "metrics.json", metrics)
-    pictures = draw(prepared, folder, index, metrics, made)
+    pictures = draw(prepared, folder, index, metrics, made) | prepared.task.draw(prepared, models, made)
     write_readme(prepared, stage, metrics, pictures, made, describe_machine())
     return {"stage": "report", "dense": chosen, "metrics": metrics}
 
@@ -82,7 +83,8 @@ def dense_stage(prepared: Prepared, folder: RunFolder, stage: ReportStage) -> in
         return next(n for n in candidates if stage.dense in (n - 1, stages[n - 1].stage))
     if not candidates:
         return 0
-    return max(candidates, key=lambda n: ((folder.done(n) or {})["validation_accuracy"], -n))
+    figure = f"validation_{prepared.task.figures[0]}"
+    return max(candidates, key=lambda n: ((folder.done(n) or {})[figure], -n))
 
 
 def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, Any], made: Path) -> dict[str, str]:
@@ -92,26 +94,34 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
         File name -> what it shows.
     """
     from ..measurement import TradeoffPoint, plot_sparsity, plot_tradeoff, plot_widths
-    from .training import accuracy
+    from ..measurement.plots import plot_dimensions
+    from ..methods.dimension_kinds import kind_of
 
+    task, figure = prepared.task, prepared.task.figures[0]
     pictures: dict[str, str] = {}
     stages = prepared.recipe.stages[:index]
     prunes = [number for number, stage in enumerate(stages, 1) if stage.stage == "prune"]
-    points = [TradeoffPoint("dense", metrics["dense"]["macs"], metrics["dense"]["accuracy"])]
+    points = [TradeoffPoint("dense", metrics["dense"]["macs"], metrics["dense"][figure])]
     if prunes and prepared.axes is not None:
         after: dict[str, int] = {}
         for number in prunes:
             (file,) = (folder.stage(number) / "publish").glob("plan*.json")
             after |= Plan.from_json(json.loads(file.read_text(encoding="utf-8"))).sizes
-        plot_widths(made / "widths.png", {axis.name: axis.size for axis in prepared.axes}, after)
+        sizes = {axis.name: axis.size for axis in prepared.axes}
+        plot_widths(made / "widths.png", sizes, after)
         pictures["widths.png"] = "Width of every axis before and after pruning."
+        kinds = {axis.name: kind_of(axis, prepared.axes) for axis in prepared.axes}
+        has_attention = bool(set(kinds.values()) & {"heads", "qk", "v"})
+        if has_attention and any(after.get(name, size) < size for name, size in sizes.items()):
+            plot_dimensions(made / "dimensions.png", sizes, after, kinds)
+            pictures["dimensions.png"] = "Dimensions of every layer before and after pruning."
         last = prunes[-1]
         if folder.model(last) != folder.model(index):
-            pruned = accuracy(load_model(folder.model(last)), prepared.split("test"))
+            pruned = task.measure(load_model(prepared, folder.model(last)), prepared.split("test"))[figure]
             points.append(TradeoffPoint("pruned", (folder.done(last) or {})["macs"], pruned))
-    points.append(TradeoffPoint("compressed", metrics["compressed"]["macs"], metrics["compressed"]["accuracy"]))
-    plot_tradeoff(made / "tradeoff.png", points)
-    pictures["tradeoff.png"] = "Accuracy on the test images against multiply-accumulates."
+    points.append(TradeoffPoint("compressed", metrics["compressed"]["macs"], metrics["compressed"][figure]))
+    plot_tradeoff(made / "tradeoff.png", points, measure=task.measured)
+    pictures["tradeoff.png"] = f"{task.measured.capitalize()} on the test images against multiply-accumulates."
     for number, stage in enumerate(stages, 1):
         history = folder.stage(number) / "history.json"
         if isinstance(stage, Method):
@@ -130,21 +140,23 @@ def write_readme(
     from .data import local_folder
 
     recipe = prepared.recipe
-    is_builtin = recipe.data.name == "digits"
+    builtin = {"digits": "scikit-learn digits", "scenes": "composed scenes"}
+    is_builtin = recipe.data.name in builtin
     is_on_hub = not is_builtin and local_folder(recipe, recipe.data.name) is None
     base = recipe.model.pretrained
     write_card(
         made,
         CardContent(
             title=stage.title or recipe.name,
+            task=recipe.task,
             dense=metrics["dense"],
             compressed=metrics["compressed"],
-            dataset_name="scikit-learn digits" if is_builtin else Path(recipe.data.name).name,
+            dataset_name=builtin.get(recipe.data.name, Path(recipe.data.name).name),
             dataset_id=recipe.data.name if is_on_hub else Path(recipe.data.name).name,
             dataset_split=recipe.data.test_split or "test",
             dataset_is_on_hub=is_on_hub,
             description=recipe.description,
-            architecture=type(prepared.model).__name__.removesuffix("ForImageClassification"),
+            architecture=type(prepared.model).__name__.removesuffix(prepared.task.auto),
             stages=[other.stage for other in recipe.stages if other.stage in MODEL_STAGES],
             base_model=base if base is not None and local_folder(recipe, base) is None else None,
             reload_max_abs_diff=metrics["reload_max_abs_diff"],

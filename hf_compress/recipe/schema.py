@@ -13,7 +13,7 @@ import functools
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
@@ -73,13 +73,43 @@ class ModelSection(Section):
         return self
 
 
+class ScenesSection(Section):
+    """Scenes composed from real images, for detection without a download; see :class:`hf_compress.data.Scenes`.
+
+    Attributes:
+        source: where the items come from: ``digits``, or an image classification data set (a folder or a Hub id).
+        train, validation, test: number of scenes of each split.
+        size: height and width in pixels.
+        seed: other scenes of the same items; does not follow the recipe's seed.
+        items: fewest and most items in a scene.
+        scale: smallest and largest longer side of an item, as a share of ``size``.
+        rotation: items are turned by up to so many degrees either way.
+        max_hidden: an item of which a larger share is hidden has no label.
+    """
+
+    source: str = "digits"
+    train: Positive = 2000
+    validation: Positive = 200
+    test: Positive = 400
+    size: Positive = 128
+    seed: Annotated[int, Field(ge=0)] = 0
+    items: tuple[Positive, Positive] = (1, 6)
+    scale: tuple[float, float] = (0.2, 0.5)
+    rotation: float = 30.0
+    max_hidden: float = 0.6
+
+
 class DataSection(Section):
     """Which images to train and test on.
 
     Attributes:
-        name: ``digits`` (in scikit-learn, no download), a Hub id, or a local folder for ``datasets.load_dataset``.
+        name: ``digits`` (in scikit-learn, no download) or, for detection, ``scenes``; a Hub id; a local folder for
+            ``datasets.load_dataset``, or one with annotation files in COCO's format.
         subset: the data set's configuration name, where it has several.
         image_column, label_column: found by their type when not given.
+        objects_column: of detection: boxes and classes of each image; found when not given.
+        box_format: of the boxes in that column: ``xywh`` as in COCO (left, top, width, height) or ``xyxy`` (corners).
+        scenes: what ``name: scenes`` composes.
         train_split, validation_split, test_split: names of splits; found when not given.
         validation_share: share of the training images held out when the data set has no validation split.
         test_share: the same for the test split.
@@ -87,7 +117,7 @@ class DataSection(Section):
         train_limit, validation_limit, test_limit: use so many images (chosen by ``split_seed``) at most.
         image_size: height and width in pixels that images are resized to; that of the model, or of the data, if not given.
         image_mean, image_std: per channel, of values in [0, 1].
-        crop_padding: training images are shifted by up to so many pixels (zero padding, random crop).
+        crop_padding: training images are shifted by up to so many pixels (zero padding, random crop); not for detection.
         horizontal_flip: half of the training images are mirrored.
     """
 
@@ -95,6 +125,9 @@ class DataSection(Section):
     subset: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    objects_column: str | None = None
+    box_format: Literal["xywh", "xyxy"] = "xywh"
+    scenes: ScenesSection | None = None
     train_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
@@ -147,7 +180,24 @@ class FinetuneStage(Training):
 
 
 class Method(Training):
-    """Training with a method of this package, whose scores a later prune stage ranks by."""
+    """Training with a method of this package, whose scores a later prune stage ranks by.
+
+    Attributes:
+        decides: what goes with ``support: true``, in words; empty for a method that only ranks.
+    """
+
+    decides: ClassVar[str] = ""
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        """The method as a callback for Trainer.
+
+        Args:
+            example_inputs: as for :func:`hf_compress.find_axes`.
+
+        Raises:
+            HfCompressError: when the method refuses its parameters.
+        """
+        raise NotImplementedError
 
 
 class Slimming(Method):
@@ -177,6 +227,17 @@ class NetworkSlimmingStage(Slimming):
     parameters: dict[str, float] = Field(default_factory=dict)
     strength: Annotated[float, Field(ge=0)] = 1e-4
 
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.NetworkSlimmingCallback(
+            methods.penalty_from(self.penalty, **self.parameters),
+            self.strength,
+            grouping=self.grouping or "scale",
+            gamma_init=self.gamma_init,
+            example_inputs=example_inputs,
+        )
+
 
 class ProximalSlimmingStage(Slimming):
     """Training by proximal network slimming (Bui et al. 2023).
@@ -187,11 +248,25 @@ class ProximalSlimmingStage(Slimming):
         penalty, parameters: another penalty in place of the l1 norm, as in ``network_slimming``; not in the paper.
     """
 
+    decides: ClassVar[str] = "what the slimming stage leaves at zero goes"
+
     stage: Literal["proximal_slimming"]
     strength: Annotated[float, Field(ge=0)]
     coupling: Annotated[float, Field(gt=0)]
     penalty: str = "l1"
     parameters: dict[str, float] = Field(default_factory=dict)
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.ProximalSlimmingCallback(
+            self.strength,
+            self.coupling,
+            penalty=methods.penalty_from(self.penalty, **self.parameters),
+            grouping=self.grouping or "axis",
+            gamma_init=self.gamma_init,
+            example_inputs=example_inputs,
+        )
 
 
 class DimensionSearchStage(Method):
@@ -209,6 +284,8 @@ class DimensionSearchStage(Method):
         lr_factor: scores learn with this multiple of the learning rate.
     """
 
+    decides: ClassVar[str] = "what the target of the search names goes"
+
     stage: Literal["dimension_search"]
     strength: float | dict[str, float] = 0.1
     target: float | dict[str, float] | None = None
@@ -219,6 +296,21 @@ class DimensionSearchStage(Method):
     inexact: bool = False
     min_keep: Positive | dict[str, Positive] | None = None
     lr_factor: Annotated[float, Field(gt=0)] = 10.0
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.DimensionSearchCallback(
+            self.strength,
+            self.target,
+            self.warmup,
+            penalty=methods.penalty_from(self.penalty, **self.parameters),
+            kinds=self.kinds,
+            inexact=self.inexact,
+            min_keep=self.min_keep,
+            lr_factor=self.lr_factor,
+            example_inputs=example_inputs,
+        )
 
 
 class PruneStage(Section):
@@ -266,7 +358,7 @@ class ExportStage(Section):
     """Write model.onnx and compare it with the PyTorch model on test images.
 
     Attributes:
-        tolerance: largest difference of any logit that is accepted.
+        tolerance: largest difference of any output (a logit, or a box as a share of the image) that is accepted.
     """
 
     stage: Literal["export"]
@@ -278,8 +370,8 @@ class ReportStage(Section):
 
     Attributes:
         title: of the model card.
-        dense: which stage's model is the dense one, by name or number; if not given, the unpruned stage with the best
-            accuracy on the validation images.
+        dense: which stage's model is the dense one, by name or number; if not given, the unpruned stage that is best on the
+            validation images (accuracy, or mean average precision).
         latency_rounds: how often the two models take turns while they are timed.
     """
 
@@ -333,6 +425,7 @@ class Recipe(Section):
 
     Attributes:
         name: of the run; the default output is ``runs/<name>``.
+        task: what the model does: ``image-classification`` or ``object-detection``.
         description: a sentence or two for the model card.
         seed: of weights, data order and augmentation.
         output: folder of the result, relative to the working directory.
@@ -341,6 +434,7 @@ class Recipe(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    task: Literal["image-classification", "object-detection"] = "image-classification"
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output: str | None = None
@@ -393,7 +487,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
     except ValidationError as error:
         raise RecipeError("\n".join(_message(source, detail) for detail in error.errors())) from None
     loaded._source = source
-    problems = [*_training_problems(loaded), *_order_problems(loaded)]
+    problems = [*_task_problems(loaded), *_training_problems(loaded), *_order_problems(loaded)]
     if problems:
         raise RecipeError("\n".join(problems))
     return loaded
@@ -414,6 +508,7 @@ def _message(source: Source, detail: ErrorDetails) -> str:
     elif len(location) > 1:
         sections: dict[str, type[Section]] = {"model": ModelSection, "data": DataSection}
         owner = sections.get(str(location[0]))
+        owner = ScenesSection if location[:2] == ["data", "scenes"] and len(location) > 2 else owner
     kind = detail["type"]
     known = list(owner.model_fields) if owner else []
     if kind == "extra_forbidden":
@@ -429,7 +524,8 @@ def _message(source: Source, detail: ErrorDetails) -> str:
         reason = detail["msg"].removeprefix("Value error, ")
         received = detail["input"]
         shown = "" if isinstance(received, (dict, list)) else f" (received {received!r})"
-        text = f"{reason[:1].lower()}{reason[1:]}{shown}."
+        near = closest(received, str(detail["ctx"]["expected"]).split("'")[1::2]) if kind == "literal_error" else ""
+        text = f"{reason[:1].lower()}{reason[1:]}{shown}.{near}"
     return f"{source.where(*location)}: {text}"
 
 
@@ -480,6 +576,31 @@ def _training_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
+def _task_problems(recipe: Recipe) -> list[str]:
+    """Fields that mean nothing for the recipe's task."""
+    given, name = recipe.data.model_fields_set, recipe.data.name
+    is_detection = recipe.task == "object-detection"
+    other = "image-classification" if is_detection else "object-detection"
+    reasons = (
+        {
+            "crop_padding": "it would move objects out of the image",
+            "label_column": "boxes and classes are in objects_column",
+        }
+        if is_detection
+        else dict.fromkeys(
+            ("objects_column", "box_format", "scenes"), "images of this task have one label and no boxes"
+        )
+    )
+    problems = {f: f"is not for {recipe.task}: {reason}. Leave it out." for f, reason in reasons.items() if f in given}
+    if name == ("digits" if is_detection else "scenes"):
+        problems["name"] = (
+            f"{name!r} is for {other}; the recipe's task is {recipe.task}. Set task, or choose other data."
+        )
+    elif is_detection and name != "scenes" and "scenes" in given:
+        problems["scenes"] = "says what `name: scenes` composes, and other data are named. Leave one of the two out."
+    return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
+
+
 def _order_problems(recipe: Recipe) -> list[str]:
     """Stages that come in an order that cannot work."""
     problems = []
@@ -498,9 +619,10 @@ def _order_problems(recipe: Recipe) -> list[str]:
         if stage.stage == "export" and "report" in before:
             problems.append(f"{here}: report measures the exported file, so export comes before report.")
         if isinstance(stage, PruneStage) and stage.support and scoring_stage(recipe, index) is None:
+            deciding = " or ".join(n for n, kind in STAGES.items() if issubclass(kind, Method) and kind.decides)
             problems.append(
-                f"{recipe.where('stages', index, 'support')}: needs a proximal_slimming or dimension_search stage before "
-                "it, with no other prune in between. Add one, or give a budget (`macs: 0.5`)."
+                f"{recipe.where('stages', index, 'support')}: needs a {deciding} stage before it, with no other prune in "
+                "between. Add one, or give a budget (`macs: 0.5`)."
             )
         if isinstance(stage, ReportStage) and stage.dense is not None:
             problems += _dense_problems(recipe, index, stage)
@@ -526,10 +648,10 @@ def scoring_stage(recipe: Recipe, index: int) -> int | None:
     """The method stage whose scores a prune stage at ``index`` uses, or None for weight magnitudes."""
     stage = recipe.stages[index]
     for number in range(index - 1, -1, -1):
-        name = recipe.stages[number].stage
-        if name == "prune":
+        other = recipe.stages[number]
+        if isinstance(other, PruneStage):
             return None
-        if isinstance(recipe.stages[number], Method):
-            without_support = name == "network_slimming" and isinstance(stage, PruneStage) and stage.support
-            return None if without_support else number
+        if isinstance(other, Method):
+            is_undecided = isinstance(stage, PruneStage) and stage.support and not other.decides
+            return None if is_undecided else number
     return None

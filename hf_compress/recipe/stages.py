@@ -18,29 +18,27 @@ from ..measurement.latency_table import LatencyTable
 from ..surgery import Plan, magnitude_scores, select, shrink
 from .folder import RunFolder, write_json
 from .preparation import Prepared
-from .schema import MODEL_STAGES, DimensionSearchStage, ExportStage, PruneStage, PushStage, Training, scoring_stage
+from .schema import MODEL_STAGES, ExportStage, PruneStage, PushStage, Training, scoring_stage
+
+OUTPUTS_FILE = "logits.safetensors"
 
 
-def load_model(path: Path) -> Any:
+def load_model(prepared: Prepared, path: Path) -> Any:
     """A stage's model, the way that anybody else would load it."""
-    from transformers import AutoModelForImageClassification
-
-    return AutoModelForImageClassification.from_pretrained(path)
-
-
-def save_model(model: Any, processor: Any, path: Path) -> None:
-    """A model and its image processor."""
-    model.to("cpu").save_pretrained(path)
-    processor.save_pretrained(path)
+    return prepared.task.auto_class.from_pretrained(path)
 
 
 def save_result(prepared: Prepared, model: Any, partial: Path) -> None:
-    """What a stage leaves: the model, and the logits that it has in this process, for the check of the reload."""
-    save_model(model, prepared.processor, partial / "model")
+    """What a stage leaves: the model with its image processor, and what it answers in this process (logits, and boxes of a
+    detector), for the check of the reload."""
+    from ..export import named_outputs
+
+    model.to("cpu").save_pretrained(partial / "model")
+    prepared.processor.save_pretrained(partial / "model")
     model.eval()
     with torch.no_grad():
-        logits = model(pixel_values=test_pixels(prepared)).logits
-    save_file({"logits": logits.float().contiguous()}, partial / "logits.safetensors")
+        outputs = named_outputs(model(pixel_values=test_pixels(prepared)))
+    save_file({name: value.float().contiguous() for name, value in outputs.items()}, partial / OUTPUTS_FILE)
 
 
 def start_stage(prepared: Prepared, partial: Path) -> dict[str, Any]:
@@ -74,33 +72,33 @@ def run_stage(prepared: Prepared, folder: RunFolder, number: int) -> dict[str, A
 
 
 def _train(prepared: Prepared, index: int, source: Path, partial: Path) -> dict[str, Any]:
-    from .training import accuracy, train
+    from .training import train
 
-    model = load_model(source)
+    model = load_model(prepared, source)
     callback, history = train(prepared, index, model, partial / "trainer")
     if callback is not None:
         tensors = {f"scores/{name}": value for name, value in callback.scores(model).items()}
-        if isinstance(prepared.recipe.stages[index], DimensionSearchStage):
-            plan = callback.plan(model)
-            tensors |= {f"support/{name}": mask for name, mask in plan.masks(plan.axes).items()}
-        elif hasattr(callback, "support"):
-            tensors |= {f"support/{name}": value for name, value in callback.support(model).items()}
+        tensors |= {f"support/{name}": mask for name, mask in (callback.kept(model) or {}).items()}
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "scores.safetensors")
     write_json(partial / "history.json", history)
-    found = accuracy(model, prepared.split("validation"))
+    found = validate(prepared, model)
     save_result(prepared, model, partial)
     if (partial / "trainer" / "runs").exists():  # TensorBoard's files
         shutil.move(partial / "trainer" / "runs", partial / "runs")
     shutil.rmtree(partial / "trainer", ignore_errors=True)
-    return {"stage": prepared.recipe.stages[index].stage, "validation_accuracy": found}
+    return {"stage": prepared.recipe.stages[index].stage, **found}
+
+
+def validate(prepared: Prepared, model: Any) -> dict[str, float]:
+    """``validation_<figure>`` of a model, for the notes of a stage."""
+    figures = prepared.task.measure(model, prepared.split("validation"))
+    return {f"validation_{name}": value for name, value in figures.items()}
 
 
 def _prune(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
-    from .training import accuracy
-
     recipe, stage = prepared.recipe, prepared.recipe.stages[index]
     assert isinstance(stage, PruneStage) and prepared.axes is not None
-    model = load_model(folder.model(index))
+    model = load_model(prepared, folder.model(index))
     axes = find_axes(model, prepared.example_inputs)
     slimming = scoring_stage(recipe, index) if stage.scores == "auto" else None
     scores: Mapping[str, Tensor] = magnitude_scores(model, axes)
@@ -121,9 +119,9 @@ def _prune(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     (partial / "publish").mkdir()
     (partial / "publish" / name).write_text(json.dumps(plan.to_json()) + "\n", encoding="utf-8")
     macs, params = axes.cost(plan)
-    found = accuracy(model, prepared.split("validation"))
+    found = validate(prepared, model)
     save_result(prepared, model, partial)
-    return {"stage": "prune", "macs": macs, "params": params, "validation_accuracy": found}
+    return {"stage": "prune", "macs": macs, "params": params, **found}
 
 
 def _latency(
@@ -136,7 +134,7 @@ def _latency(
     table = LatencyTable.for_model(model, axes, prepared.example_inputs)
     if (prepared.axes.macs, prepared.axes.params) == (axes.macs, axes.params):
         return table, 1.0
-    dense = LatencyTable.for_model(load_model(folder.model(0)), prepared.axes, prepared.example_inputs)
+    dense = LatencyTable.for_model(load_model(prepared, folder.model(0)), prepared.axes, prepared.example_inputs)
     return table, dense.dense_ms / table.dense_ms
 
 
@@ -156,8 +154,7 @@ def choose(
         axes: of the model that is cut.
         dense: of the model before the first stage, whose cost a share refers to.
         support: axis name -> bool [axis size], with ``support: true``.
-        latency_table: of the model that is cut, for a ``latency``. Without one the plan keeps everything: whether the
-            budget is within reach then shows when the stage runs.
+        latency_table: of the model that is cut, for a ``latency``.
         dense_share: time of the dense model over that of the model that is cut.
 
     Raises:
@@ -166,10 +163,8 @@ def choose(
     if stage.support:
         return plan_from_support(axes, support or {}, scores, stage.min_keep, stage.round_to)
     latency = stage.latency
-    if latency is not None:
-        if latency_table is None:
-            return Plan({}, axes)
-        latency = min(latency * dense_share, 1.0) if latency <= 1 else latency
+    if latency is not None and latency <= 1:
+        latency = min(latency * dense_share, 1.0)
     is_first = (dense.macs, dense.params) == (axes.macs, axes.params)
 
     def budget(asked: float | None, whole: int) -> float | int | None:
@@ -183,7 +178,7 @@ def choose(
         macs=budget(stage.macs, dense.macs),
         params=budget(stage.params, dense.params),
         latency=latency,
-        latency_table=latency_table,
+        latency_table=latency_table if latency is not None else None,
         ratio=stage.ratio,
         round_to=stage.round_to,
         min_keep=stage.min_keep,
@@ -221,7 +216,7 @@ def _export(prepared: Prepared, stage: ExportStage, source: Path, partial: Path)
     made.mkdir()
     pixels = test_pixels(prepared)
     export_onnx(
-        load_model(source).eval(),
+        load_model(prepared, source).eval(),
         made / "model.onnx",
         {"pixel_values": pixels[:1]},
         check_inputs={"pixel_values": pixels},
@@ -230,10 +225,9 @@ def _export(prepared: Prepared, stage: ExportStage, source: Path, partial: Path)
     return {"stage": "export"}
 
 
-def test_pixels(prepared: Prepared, number: int = 64) -> Tensor:
-    """Real test images [n, 3, height, width], on which checks compare logits."""
-    split = prepared.split("test")
-    return split.__getitems__(range(min(number, len(split))))["pixel_values"]
+def test_pixels(prepared: Prepared) -> Tensor:
+    """Real test images [n, 3, height, width], on which checks compare what models answer."""
+    return prepared.split("test").pixels(prepared.task.check_images)
 
 
 def unpruned_stages(prepared: Prepared) -> list[int]:

@@ -9,8 +9,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+_SHARES = ("accuracy", "map", "map_50")
 _ROWS = (
     ("accuracy", "accuracy (test images)"),
+    ("map", "mAP (test images)"),
+    ("map_50", "mAP at overlap 0.5"),
     ("params", "parameters"),
     ("macs", "MACs, one image"),
     ("bytes", "bytes on disk"),
@@ -26,29 +29,28 @@ def comparison(metrics: dict[str, Any], title: str) -> Group:
     for name in ("dense", "compressed", "change"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, label in _ROWS:
+        if key not in metrics["dense"]:
+            continue  # another task's
         dense, small = metrics["dense"][key], metrics["compressed"][key]
         if dense is None or small is None:
             table.add_row(label, "-", "-", "not exported")
         else:
             table.add_row(label, _number(key, dense), _number(key, small), _change(key, dense, small))
-    lines = [
-        f"reloaded in a new process: largest difference of any logit {_difference(metrics['reload_max_abs_diff'])}"
-    ]
+    what = "largest difference of any logit" + (" or box" if "map" in metrics["dense"] else "")
+    lines = [f"reloaded in a new process: {what} {_difference(metrics['reload_max_abs_diff'])}"]
     if metrics["onnx_max_abs_diff"] is not None:
-        lines.append(
-            f"ONNX against PyTorch: largest difference of any logit {_difference(metrics['onnx_max_abs_diff'])}"
-        )
+        lines.append(f"ONNX against PyTorch: {what} {_difference(metrics['onnx_max_abs_diff'])}")
     return Group(table, Text("\n".join(lines), style="dim"))
 
 
 def _number(key: str, value: float) -> str:
-    if key == "accuracy":
+    if key in _SHARES:
         return f"{100 * value:.2f} %"
     return f"{value:.3f}" if key.endswith("_ms") else f"{value:,}"
 
 
 def _change(key: str, dense: float, small: float) -> str:
-    if key == "accuracy":
+    if key in _SHARES:
         return f"{100 * (small - dense):+.2f} points"
     share = small / dense if dense else 1.0
     verb = "faster" if key.endswith("_ms") else "smaller"

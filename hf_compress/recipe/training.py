@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ModelError
-from .data import ImageSplit, as_batch
+from ..methods.checkpoint_names import own_names_in_checkpoints
+from .data import as_batch
 from .preparation import Prepared, method_callback, training_arguments
 from .schema import Training
 
@@ -65,7 +64,7 @@ class CompleteCheckpoints(TrainerCallback):
 class Epochs(TrainerCallback):
     """Tell the images which epoch begins, also where a run continues in the middle of one."""
 
-    def __init__(self, images: ImageSplit):
+    def __init__(self, images: Any):
         self.images = images
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -86,7 +85,7 @@ class QuietBar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None:
-            shown = {name: logs[name] for name in ("loss", "eval_accuracy", "sparsity") if name in logs}
+            shown = {name: logs[name] for name in ("loss", "eval_accuracy", "eval_map", "sparsity") if name in logs}
             if "train_runtime" not in logs:
                 self.training_bar.set_postfix(shown)
 
@@ -123,27 +122,28 @@ def train(prepared: Prepared, index: int, model: Any, folder: Path) -> tuple[Any
     set_seed(arguments.seed)
     callback = method_callback(recipe, index, prepared.example_inputs)
     images = prepared.training_split(arguments.seed)
-    trainer = StageTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=images,
-        eval_dataset=prepared.split("validation"),
-        data_collator=as_batch,
-        compute_metrics=lambda result: {"accuracy": float(np.mean(result.predictions.argmax(-1) == result.label_ids))},
-        callbacks=[callback] if callback is not None else [],
-        milestones=stage.lr_milestones,
-        decay=stage.lr_decay,
-    )
-    if callback is not None:
-        from ..methods.reporting import report_first
+    with own_names_in_checkpoints(model):
+        trainer = StageTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=images,
+            eval_dataset=prepared.split("validation"),
+            data_collator=as_batch,
+            callbacks=[callback] if callback is not None else [],
+            milestones=stage.lr_milestones,
+            decay=stage.lr_decay,
+            **prepared.task.evaluation(prepared.processor),
+        )
+        if callback is not None:
+            from ..methods.reporting import report_first
 
-        report_first(trainer)
-    if trainer.pop_callback(ProgressCallback) is not None:  # it is another one in a notebook, or with disable_tqdm
-        trainer.add_callback(QuietBar(stage.stage))
-    trainer.add_callback(Epochs(images))
-    trainer.add_callback(CompleteCheckpoints())
-    checkpoint = last_complete(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            report_first(trainer)
+        if trainer.pop_callback(ProgressCallback) is not None:  # it is another one in a notebook, or with disable_tqdm
+            trainer.add_callback(QuietBar(stage.stage))
+        trainer.add_callback(Epochs(images))
+        trainer.add_callback(CompleteCheckpoints())
+        checkpoint = last_complete(folder)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         raise ModelError(
@@ -151,16 +151,3 @@ def train(prepared: Prepared, index: int, model: Any, folder: Path) -> tuple[Any
             "training.learning_rate (or the stage's strength), add training.warmup_steps, and start over with --restart."
         )
     return callback, trainer.state.log_history
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, split: ImageSplit, batch_size: int = 256) -> float:
-    """Share of images whose highest logit is the label, in evaluation mode, on the best device that there is."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    right = 0
-    for start in range(0, len(split), batch_size):
-        batch = split.__getitems__(range(start, min(start + batch_size, len(split))))
-        logits = model(pixel_values=batch["pixel_values"].to(device)).logits
-        right += int((logits.argmax(-1).cpu() == batch["labels"]).sum())
-    return right / len(split)

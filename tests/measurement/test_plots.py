@@ -8,7 +8,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from hf_compress.measurement import TradeoffPoint, plot_sparsity, plot_tradeoff, plot_widths, plots
-from hf_compress.measurement.plots import short_names
+from hf_compress.measurement.plots import plot_dimensions, short_names
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def check_readable(path, figure):
     image = Image.open(path)
     assert image.format == "PNG" and image.width == 900
     renderer = figure.canvas.get_renderer()
-    axes = figure.axes[0]
-    undrawn = {tick.label1 for axis in (axes.xaxis, axes.yaxis) for tick in axis.get_major_ticks()}
-    undrawn -= {tick.label1 for axis in (axes.xaxis, axes.yaxis) for tick in axis._update_ticks()}  # outside the limits
+    both = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    undrawn = {tick.label1 for axis in both for tick in axis.get_major_ticks()}
+    undrawn -= {tick.label1 for axis in both for tick in axis._update_ticks()}  # outside the limits
     texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in undrawn]
     boxes = [(t, t.get_window_extent(renderer)) for t in texts]
     boxes = [(t, box) for t, box in boxes if box.width > 0]
@@ -42,6 +42,29 @@ def check_readable(path, figure):
         assert box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1, text
         for other, other_box in boxes[:number]:
             assert text is other or not box.padded(-2).overlaps(other_box.padded(-2)), (text, other)
+
+
+KINDS = ("heads", "qk", "v", "mlp")
+
+
+@pytest.mark.parametrize("depth", [1, 4, 12, 24])
+@pytest.mark.parametrize("changed", [("mlp",), KINDS])
+def test_dimensions_of_every_layer(depth, changed, tmp_path, drawn):
+    names = vit_names(depth)[1:]
+    kinds = {name: KINDS[number % 4] for number, name in enumerate(names)}
+    dense = {"heads": 6, "qk": 64, "v": 64, "mlp": 1536}
+    before = {name: dense[kinds[name]] for name in names}
+    draw = random.Random(depth)
+    after = {name: max(1, int(draw.uniform(0.1, 0.9) * before[name])) for name in names if kinds[name] in changed}
+    path = plot_dimensions(tmp_path / "dimensions.png", before, after, kinds)
+    check_readable(path, drawn[-1])
+    assert len(drawn[-1].axes) == len(changed)  # kinds that did not change are left out
+    for axes, kind in zip(drawn[-1].axes, changed, strict=True):
+        heights = [bar.get_height() for bar in axes.patches]
+        assert heights[:depth] == [dense[kind]] * depth
+        assert heights[depth:] == [after[name] for name in names if kinds[name] == kind]
+    with pytest.raises(ValueError, match="no axis changed"):
+        plot_dimensions(tmp_path / "dimensions.png", before, {}, kinds)
 
 
 def resnet_names(depths):

@@ -79,6 +79,12 @@ def test_budget_out_of_reach_with_the_axes_that_slimming_scores(tmp_path: Path) 
     failing(recipe, tmp_path / "out", BudgetError, "stages.2", "params", "min_keep")
 
 
+def test_a_latency_out_of_reach_is_said_before_training(tmp_path: Path) -> None:
+    recipe = tiny()
+    recipe["stages"][2] = {"stage": "prune", "latency": 1e-6}
+    failing(recipe, tmp_path / "out", BudgetError, "stages.2", "latency")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_pretrained_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
     model = pretrained(tmp_path / "model")

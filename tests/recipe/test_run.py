@@ -13,6 +13,7 @@ import torch
 import yaml
 from tiny import tiny
 
+from hf_compress.data import Scenes
 from hf_compress.errors import CheckpointError
 from hf_compress.recipe import load_recipe, run_recipe
 
@@ -230,6 +231,34 @@ def test_two_prunes_share_one_budget_and_keep_both_plans(tmp_path: Path) -> None
     assert (tmp_path / "out" / "plan-1.json").exists() and (tmp_path / "out" / "plan.json").exists()
 
 
+def test_a_latency_budget_is_met_by_the_prediction(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    recipe = tiny(stages=[{"stage": "train", "steps": 1}, {"stage": "prune", "latency": 0.9}])
+    recipe["model"]["config"] |= {
+        "embedding_size": 32,
+        "hidden_sizes": [32, 64],
+    }  # wide enough for time to depend on it
+    recipe["data"]["image_size"] = 32
+    lines: list[str] = []
+    run_recipe(recipe, output=tmp_path / "out", say=lines.append)
+    assert "0.9 of the time" in lines[1] and "ms for one image" in lines[1]
+    before, after = (
+        AutoModelForImageClassification.from_pretrained(folder)
+        for folder in (tmp_path / "out" / "stages" / "01-train" / "model", tmp_path / "out")
+    )
+    assert sum(p.numel() for p in after.parameters()) < sum(p.numel() for p in before.parameters())
+
+
+def test_a_run_of_an_older_version_is_continued(finished: tuple[Path, Any, list[str]]) -> None:
+    """The marker lacks fields that came later; they have their defaults."""
+    marker = finished[0] / ".hf_compress_run.json"
+    content = json.loads(marker.read_text())
+    del content["recipe"]["task"], content["recipe"]["data"]["box_format"]
+    marker.write_text(json.dumps(content))
+    assert run_recipe(full(), output=finished[0]).was_finished
+
+
 def test_a_compressed_model_can_be_the_start_of_another_run(
     finished: tuple[Path, Any, list[str]], tmp_path: Path
 ) -> None:
@@ -252,15 +281,31 @@ def test_torch_is_left_as_it_was(tmp_path: Path) -> None:
     assert (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()) == before
 
 
+_SMALL = "hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32"
+STAND_INS = {
+    "sidt_cifar100": f"{{model_type: deit, image_size: 28, patch_size: 7, {_SMALL}}}",
+    "sidt_coco": f"{{model_type: yolos, image_size: [64, 64], num_detection_tokens: 5, {_SMALL}}}",
+}
+
+
 @pytest.mark.parametrize("name", sorted(p.name for p in RECIPES.glob("*.yaml")))
 def test_public_recipes_are_valid(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / name)
     assert recipe.name == Path(name).stem
     overrides: list[str] = []
-    if recipe.data.name != "digits":
+    if recipe.model.pretrained is not None:  # a model of the same kind, since no Hub is assumed to be in reach
+        overrides += ["model.new_head=false", "model.pretrained=null", f"model.config={STAND_INS[recipe.name]}"]
+    if recipe.data.name == "scenes":
+        overrides += [f"data.scenes.{split}=16" for split in ("train", "validation", "test")]
+    elif recipe.task == "object-detection":
+        for split in ("train", "test"):
+            Scenes(split, 12, size=64).write_coco(tmp_path / "coco" / split)
+        overrides += [f"data.name={tmp_path / 'coco'}", "data.image_size=64"]
+    elif recipe.data.name != "digits":
         if not FASHION.is_dir():
             pytest.skip(f"needs the data set at {FASHION}, and no Hub is assumed to be in reach")
-        overrides = [f"data.name={FASHION}", "data.train_limit=64", "data.validation_limit=32", "data.test_limit=32"]
+        limits = ["data.train_limit=64", "data.validation_limit=32", "data.test_limit=32"]
+        overrides += [f"data.name={FASHION}", "data.label_column=null", "data.image_size=28", *limits]
     result = run_recipe(RECIPES / name, overrides, tmp_path / "out", dry_run=True)
     assert sum(result.steps.values()) > 0
 

@@ -46,9 +46,59 @@ TINY: dict[str, Any] = {
 }
 
 
+DETECTION: dict[str, Any] = {
+    "name": "tiny",
+    "task": "object-detection",
+    "model": {
+        "config": {
+            "model_type": "sidt",
+            "pyramid_channels": 16,
+            "pyramid_scales": [2, 1],
+            "group_size": 4,
+            "head_layers": 1,
+            "backbone_config": {
+                "model_type": "pruned_vit",
+                "hidden_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+                "image_size": 32,
+                "patch_size": 8,
+            },
+        }
+    },
+    "data": {
+        "name": "scenes",
+        "scenes": {"size": 32, "items": [1, 2], "scale": [0.4, 0.7], "train": 24, "validation": 10, "test": 12},
+        "horizontal_flip": True,
+    },
+    "training": {"per_device_train_batch_size": 8, "learning_rate": 0.001, "disable_tqdm": True},
+    "stages": [
+        {"stage": "train", "steps": 4, "training": {"eval_strategy": "steps", "eval_steps": 2}},
+        {
+            "stage": "dimension_search",
+            "epochs": 2,
+            "target": 0.25,
+            "kinds": ["qk", "v", "mlp", "channels"],
+            "min_keep": 1,
+            "training": {"save_steps": 2},
+        },
+        {"stage": "prune", "support": True},
+        {"stage": "finetune", "steps": 2},
+        "export",
+        {"stage": "report", "latency_rounds": 1},
+    ],
+}
+
+
 def tiny(**changes: Any) -> dict[str, Any]:
     """A copy of the tiny recipe, with top-level fields replaced."""
     return {**copy.deepcopy(TINY), **changes}
+
+
+def tiny_detection(**changes: Any) -> dict[str, Any]:
+    """A copy of the tiny recipe for detection, with top-level fields replaced."""
+    return {**copy.deepcopy(DETECTION), **changes}
 
 
 def die() -> None:
