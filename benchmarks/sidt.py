@@ -1,16 +1,21 @@
-"""SiDT on a classifier: dimensions searched during training against other ways to choose them, on Fashion-MNIST.
+"""SiDT on a classifier and on a detector: dimensions searched during training against other ways to choose them.
 
-A vision transformer is trained dense; then 20 % and 40 % of its inner dimensions (queries and keys, values, hidden units) are
-removed, and what is left is trained on. All ways get the same dense start, the same number of steps after it and the same
-batches for one seed:
+A model is trained dense; then 20 % and 40 % of its inner dimensions are removed, and what is left is trained on. All ways
+get the same dense start, the same number of steps after it and the same batches for one seed:
 
 * search: DimensionSearchCallback during the middle steps,
 * magnitude, taylor: ordinary training during the middle steps, then these scores, of each kind the same share,
 * torch-pruning: the same with its group-norm importance, to the same number of parameters, where it runs,
 * scratch: a small dense model of the same sizes, trained from random weights for all of the steps.
 
-    python benchmarks/sidt.py            # three seeds
-    python benchmarks/sidt.py --quick    # everything once at a toy size: does it run?
+The classifier is a small ViT on Fashion-MNIST, measured by accuracy; queries and keys, values and hidden units are
+searched. The detector is SidtForObjectDetection with a pruned ViT on scenes of 1 to 6 Fashion-MNIST items on crops of
+photographs, measured by mAP; its head's channels are searched as well.
+
+    python benchmarks/sidt.py classifier            # three seeds
+    python benchmarks/sidt.py detector
+    python benchmarks/sidt.py classifier --tune     # strengths, on a validation split and a seed that is not reported
+    python benchmarks/sidt.py classifier --quick    # everything once at a toy size: does it run?
 """
 
 from __future__ import annotations
@@ -20,28 +25,43 @@ import copy
 import json
 import os
 import statistics
+import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import fashion_mnist
 import torch
-from fashion_mnist import DEFAULT_DATA, Data, Images, accuracy, load_data
-from torch import Tensor
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from fashion_mnist import DEFAULT_DATA, Images, accuracy, load_data
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_compress import Plan, find_axes, shrink
 from hf_compress.axes import AxisGraph
-from hf_compress.methods.dimension_kinds import kind_of
+from hf_compress.data.collating import detection_collator
+from hf_compress.data.scenes import Scenes
+from hf_compress.measurement.detection import DetectionEvaluation
+from hf_compress.methods.dimension_kinds import kind_of, searched_axes
 from hf_compress.methods.dimension_plan import plan_of_shares
 from hf_compress.methods.dimension_search import DimensionSearchCallback
+from hf_compress.models.pruned_vit import PrunedViTConfig
+from hf_compress.models.sidt import SidtConfig, SidtForObjectDetection, SidtImageProcessor
 from hf_compress.surgery.importance import importance
 
 HERE = Path(__file__).resolve().parent
-KINDS = ("qk", "v", "mlp")
-FLOOR = {"qk": 8, "v": 8, "mlp": 16}
+FLOOR = {"qk": 8, "v": 8, "mlp": 16, "channels": 1}
+TUNING_SEED = 100
+STRENGTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -51,166 +71,307 @@ class Protocol:
     seeds: tuple[int, ...] = (0, 1, 2)
     shares: tuple[float, ...] = (0.2, 0.4)
     train_images: int = 55_000
+    test_images: int = 10_000
     batch_size: int = 64
-    dense_steps: int = 900
+    dense_steps: int = 1_800
     middle_steps: int = 450
     final_steps: int = 300
     learning_rate: float = 1e-3
     middle_learning_rate: float = 5e-4
     final_learning_rate: float = 3e-4
     weight_decay: float = 0.05
-    strength: float = 0.2
+    strength: float = 1.0
     hidden_size: int = 96
     layers: int = 4
     heads: int = 3
 
+    def schedule(self, steps: int, rate: float) -> dict[str, Any]:
+        """AdamW with warm-up and a cosine, as TrainingArguments."""
+        return {
+            "max_steps": steps,
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": steps // 20,
+            "weight_decay": self.weight_decay,
+        }
 
-QUICK = Protocol(seeds=(0,), train_images=2_000, dense_steps=20, middle_steps=20, final_steps=5)
 
+class Classifier:
+    """A small ViT on Fashion-MNIST."""
 
-def build(protocol: Protocol, seed: int) -> ViTForImageClassification:
-    torch.manual_seed(seed)
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=protocol.hidden_size,
-            num_hidden_layers=protocol.layers,
-            num_attention_heads=protocol.heads,
-            intermediate_size=4 * protocol.hidden_size,
-            image_size=28,
-            patch_size=4,
-            num_channels=1,
-            num_labels=10,
+    protocol = Protocol()
+    quick = Protocol(seeds=(0,), train_images=2_000, dense_steps=20, middle_steps=20, final_steps=5)
+    metric = "accuracy"
+    kinds = ("qk", "v", "mlp")
+
+    def __init__(self, source: str, protocol: Protocol):
+        self.settings = protocol
+        self.data = load_data(source, protocol.train_images)
+
+    def build(self, seed: int) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        return ViTForImageClassification(
+            ViTConfig(
+                hidden_size=self.settings.hidden_size,
+                num_hidden_layers=self.settings.layers,
+                num_attention_heads=self.settings.heads,
+                intermediate_size=4 * self.settings.hidden_size,
+                image_size=28,
+                patch_size=4,
+                num_channels=1,
+                num_labels=10,  # type: ignore[call-arg]
+            )
         )
+
+    def train(
+        self, model: PreTrainedModel, seed: int, steps: int, rate: float, callbacks: Sequence[TrainerCallback] = ()
+    ) -> None:
+        fashion_mnist.train(model, self.data, seed, callbacks, **self.settings.schedule(steps, rate))
+
+    def evaluate(self, model: PreTrainedModel, split: str = "test") -> float:
+        """In percent."""
+        return accuracy(model, self.data.validation if split == "validation" else self.data.test)
+
+    def batches(self, seed: int, number: int = 8) -> list[dict[str, Any]]:
+        images = Images(*self.data.train, seed=seed)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).split(
+            self.settings.batch_size
+        )
+        return [images.__getitems__(chosen.tolist()) for chosen in order[:number]]
+
+    def torch_pruned(self, model: Any, params: int) -> None:
+        kept = [model.classifier]
+        torch_pruned(model, torch.zeros(1, 1, 28, 28), model.vit.layers, kept, self.settings.heads, params)
+
+
+class Rendered(Dataset[dict[str, Any]]):
+    """Scenes kept in memory as bytes, made once."""
+
+    def __init__(self, scenes: Scenes):
+        self.examples = [
+            {key: example[key] for key in ("image", "image_id", "objects")}
+            for example in (scenes[i] for i in range(len(scenes)))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.examples[index]
+
+
+class Detector:
+    """SidtForObjectDetection on composed scenes of 64 pixels."""
+
+    protocol = Protocol(
+        train_images=4_000,
+        test_images=500,
+        batch_size=16,
+        dense_steps=1_200,
+        middle_steps=600,
+        final_steps=400,
     )
-
-
-def train(
-    model: ViTForImageClassification,
-    data: Data,
-    protocol: Protocol,
-    seed: int,
-    steps: int,
-    rate: float,
-    callbacks: Iterable[TrainerCallback] = (),
-) -> None:
-    """AdamW with warm-up and a cosine, by the ordinary Trainer."""
-    fashion_mnist.train(
-        model,
-        data,
-        seed,
-        callbacks,
-        max_steps=steps,
-        per_device_train_batch_size=protocol.batch_size,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        weight_decay=protocol.weight_decay,
+    quick = replace(
+        protocol, seeds=(0,), train_images=64, test_images=16, dense_steps=10, middle_steps=20, final_steps=5
     )
+    metric = "map"
+    kinds = ("qk", "v", "mlp", "channels")
+
+    def __init__(self, source: str, protocol: Protocol):
+        self.settings = protocol
+        lengths = {"train": protocol.train_images, "validation": protocol.test_images, "test": protocol.test_images}
+        self.scenes = {split: Scenes(split, length, source=source, size=64) for split, length in lengths.items()}
+        self.splits = {split: Rendered(scenes) for split, scenes in self.scenes.items()}
+        self.processor = SidtImageProcessor(size={"height": 64, "width": 64})
+
+    def build(self, seed: int) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        width = self.settings.hidden_size
+        backbone = PrunedViTConfig(
+            hidden_size=width,
+            num_hidden_layers=self.settings.layers,
+            num_attention_heads=self.settings.heads,
+            intermediate_sizes=[4 * width] * self.settings.layers,
+            image_size=64,
+            patch_size=8,
+        )
+        config = SidtConfig(
+            backbone_config=backbone, pyramid_channels=64, head_layers=2, id2label=self.scenes["train"].id2label
+        )
+        return SidtForObjectDetection(config)
+
+    def trainer(
+        self, model: PreTrainedModel, folder: str, callbacks: Sequence[TrainerCallback] = (), **arguments: Any
+    ) -> Trainer:
+        evaluation = DetectionEvaluation(self.processor)
+        return Trainer(
+            model,
+            TrainingArguments(
+                folder,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+                remove_unused_columns=False,
+                eval_do_concat_batches=False,
+                dataloader_drop_last="max_steps" in arguments,
+                per_device_eval_batch_size=50,
+                max_grad_norm=1.0,
+                **arguments,
+            ),
+            train_dataset=self.splits["train"],
+            data_collator=detection_collator(self.processor, 10),
+            compute_metrics=evaluation,
+            preprocess_logits_for_metrics=evaluation.detections,  # type: ignore[arg-type]
+            callbacks=list(callbacks),
+        )
+
+    def train(
+        self, model: PreTrainedModel, seed: int, steps: int, rate: float, callbacks: Sequence[TrainerCallback] = ()
+    ) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            schedule = self.settings.schedule(steps, rate)
+            self.trainer(model, folder, callbacks, seed=seed, data_seed=seed, **schedule).train()
+
+    def evaluate(self, model: PreTrainedModel, split: str = "test") -> float:
+        """Mean average precision over intersections of 0.5 to 0.95, in percent."""
+        with tempfile.TemporaryDirectory() as folder:
+            return 100 * self.trainer(model, folder).evaluate(self.splits[split])["eval_map"]
+
+    def batches(self, seed: int, number: int = 8) -> list[dict[str, Any]]:
+        scenes, size = self.splits["train"], self.settings.batch_size
+        order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(seed)).split(size)
+        collate = detection_collator(self.processor, 10)
+        return [collate([scenes[i] for i in chosen.tolist()]) for chosen in order[:number]]
+
+    def torch_pruned(self, model: Any, params: int) -> None:
+        head = model.head
+        kept = [head.classification.cls_logits, head.regression.bbox_reg, head.regression.bbox_ctrness]
+        layers = model.backbone.pruned_vit.layers
+        torch_pruned(model, torch.zeros(1, 3, 64, 64), layers, kept, self.settings.heads, params)
 
 
-def shares_plan(axes: AxisGraph, scores: dict[str, Tensor], share: float) -> Plan:
-    """The same share of every kind, ranked over all layers, for any scores."""
-    searched = {a.name: scores[a.name] for a in axes if a.is_exact and kind_of(a, axes) in KINDS and a.name in scores}
-    floors = {name: min(FLOOR[kind_of(axes[name], axes)], axes[name].size) for name in searched}
-    return plan_of_shares(axes, searched, floors, dict.fromkeys(searched, share))
+def torch_pruned(model: Any, images: Tensor, layers: Any, kept: list[nn.Module], heads: int, params: int) -> None:
+    """torch-pruning's group-norm importance, down to a number of parameters.
 
-
-def batches(data: Data, protocol: Protocol, seed: int, number: int = 8) -> list[dict[str, Tensor]]:
-    images = Images(*data.train, seed=seed)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).split(protocol.batch_size)
-    return [images.__getitems__(chosen.tolist()) for chosen in order[:number]]
-
-
-def torch_pruned(model: ViTForImageClassification, protocol: Protocol, params: int) -> None:
-    """torch-pruning's group-norm importance over heads' dimensions and hidden units, down to a number of parameters."""
+    As for the other ways, a transformer's dimensions in heads and hidden units go, not its residual stream; of what is
+    outside of the transformer all but the layers in ``kept``.
+    """
     import torch_pruning as tp
 
-    class Logits(torch.nn.Module):  # torch-pruning's tracer does not look into transformers' output objects
+    class Outputs(nn.Module):  # torch-pruning's tracer does not look into transformers' output objects
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, pixels: Tensor) -> Tensor:
-            return self.model(pixels).logits
+        def forward(self, pixels: Tensor) -> list[Tensor]:
+            return [value for value in self.model(pixels).values() if isinstance(value, Tensor)]
 
-    heads = {}
-    for layer in model.vit.layers:
-        for part in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj):
-            heads[part] = protocol.heads
+    projections = {part: heads for x in layers for part in (x.attention.q_proj, x.attention.k_proj, x.attention.v_proj)}
+    residual = [part for x in layers for part in (x.attention.o_proj, x.mlp.fc2)]
+    patches = [m for name, m in model.named_modules() if name.endswith("patch_embeddings.projection")]
     pruner = tp.pruner.BasePruner(
-        Logits(),
-        torch.zeros(1, 1, 28, 28),
+        Outputs(),
+        images,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         global_pruning=True,
         pruning_ratio=1.0,
         iterative_steps=200,
-        num_heads=heads,
-        root_module_types=[torch.nn.Linear],
-        ignored_layers=[model.classifier, *(layer.attention.o_proj for layer in model.vit.layers),
-                        *(layer.mlp.fc2 for layer in model.vit.layers)],
-    )  # fmt: skip
+        num_heads=projections,
+        root_module_types=[nn.Linear, nn.Conv2d],
+        ignored_layers=[*kept, *residual, *patches],
+    )
     for _ in range(200):
         if sum(p.numel() for p in model.parameters()) <= params:
             break
         pruner.step()
-    for layer in model.vit.layers:
-        layer.attention.head_dim = layer.attention.q_proj.out_features // protocol.heads
+    for layer in layers:
+        layer.attention.head_dim = layer.attention.q_proj.out_features // heads
+    model(images)  # whether it still runs
+
+
+TASKS: dict[str, type[Classifier] | type[Detector]] = {"classifier": Classifier, "detector": Detector}
+
+
+def shares_plan(axes: AxisGraph, kinds: Sequence[str], scores: dict[str, Tensor], share: float) -> Plan:
+    """The same share of every kind, ranked over all layers, for any scores."""
+    searched = [axis.name for axis in searched_axes(axes, "the model", kinds)]
+    floors = {name: min(FLOOR[kind_of(axes[name], axes)], axes[name].size) for name in searched}
+    return plan_of_shares(axes, {name: scores[name] for name in searched}, floors, dict.fromkeys(searched, share))
 
 
 WAYS = ("search", "magnitude", "taylor", "torch-pruning", "scratch")
 
 
-def run_seed(data: Data, protocol: Protocol, seed: int, write: Any, done: set[tuple[int, str, float]]) -> None:
-    """All ways of one seed; each finished one is written."""
-    wanted = [(share, way) for share in protocol.shares for way in WAYS if (seed, way, share) not in done]
-    if not wanted and (seed, "dense", 0.0) in done:
-        return
-    dense = build(protocol, seed)
-    train(dense, data, protocol, seed, protocol.dense_steps, protocol.learning_rate)
-    middle = copy.deepcopy(dense)
-    start = time.perf_counter()
-    train(middle, data, protocol, seed + 1_000, protocol.middle_steps, protocol.middle_learning_rate)
-    plain_seconds = time.perf_counter() - start
-    axes = find_axes(middle)
+class Run:
+    """One seed: the dense starts, trained once, and every way from them."""
 
-    def start_of(way: str, share: float) -> tuple[ViTForImageClassification, dict[str, Any]]:
+    def __init__(self, task: Classifier | Detector, seed: int):
+        self.task, self.seed, self.settings = task, seed, task.settings
+        steps, rate = self.settings.middle_steps, self.settings.middle_learning_rate
+        self.dense = task.build(seed)
+        task.train(self.dense, seed, self.settings.dense_steps, self.settings.learning_rate)
+        self.middle = copy.deepcopy(self.dense)
+        start = time.perf_counter()
+        task.train(self.middle, seed + 1_000, steps, rate)
+        self.plain_seconds = time.perf_counter() - start
+        self.axes = find_axes(self.middle)
+
+    def search(self, share: float, strength: float) -> tuple[PreTrainedModel, dict[str, Any]]:
+        model, settings = copy.deepcopy(self.dense), self.settings
+        search = DimensionSearchCallback(strength, share, warmup=0.1, kinds=self.task.kinds)
+        start = time.perf_counter()
+        self.task.train(model, self.seed + 1_000, settings.middle_steps, settings.middle_learning_rate, [search])
+        ratio = (time.perf_counter() - start) / self.plain_seconds
+        shrink(model, search.plan(model))
+        return model, {"step_time_ratio": ratio}
+
+    def start_of(self, way: str, share: float) -> tuple[PreTrainedModel, dict[str, Any]]:
         """The model before the last steps, and what else is to be written."""
-        if way == "scratch":  # uniform widths, random weights, all of the steps
-            model = build(protocol, seed + 5)
-            zeros = {axis.name: torch.zeros(axis.size) for axis in axes}
-            shrink(model, shares_plan(axes, zeros, share), axes=axes)
-            train(model, data, protocol, seed, protocol.dense_steps + protocol.middle_steps, protocol.learning_rate)
-            return model, {}
-        more: dict[str, Any] = {}
+        task, axes, settings = self.task, self.axes, self.settings
         if way == "search":
-            model = copy.deepcopy(dense)
-            search = DimensionSearchCallback(protocol.strength, share, warmup=0.1, kinds=KINDS)
-            start = time.perf_counter()
-            train(model, data, protocol, seed + 1_000, protocol.middle_steps, protocol.middle_learning_rate, [search])
-            more["step_time_ratio"] = (time.perf_counter() - start) / plain_seconds
-            shrink(model, search.plan(model))
+            return self.search(share, settings.strength)
+        if way == "scratch":  # uniform widths, random weights, all of the steps
+            model = task.build(self.seed + 5)
+            zeros = {axis.name: torch.zeros(axis.size) for axis in axes}
+            shrink(model, shares_plan(axes, task.kinds, zeros, share), axes=axes)
+            task.train(model, self.seed, settings.dense_steps + settings.middle_steps, settings.learning_rate)
+            return model, {}
+        model = copy.deepcopy(self.middle)
+        given = task.batches(self.seed) if way == "taylor" else None
+        scores = importance(model, axes, method="taylor" if way == "taylor" else "magnitude", batches=given)
+        plan = shares_plan(axes, task.kinds, scores, share)
+        if way == "torch-pruning":
+            task.torch_pruned(model, axes.cost(plan).params)
         else:
-            model = copy.deepcopy(middle)
-            given = batches(data, protocol, seed) if way == "taylor" else None
-            scores = importance(model, axes, method="taylor" if way == "taylor" else "magnitude", batches=given)
-            plan = shares_plan(axes, scores, share)
-            if way == "torch-pruning":
-                torch_pruned(model, protocol, axes.cost(plan).params)
-            else:
-                shrink(model, plan, axes=axes)
-        return model, {**more, "before_final": accuracy(model, data.test)}
+            shrink(model, plan, axes=axes)
+        return model, {}
 
-    def finish(way: str, share: float, model: ViTForImageClassification, more: dict[str, Any]) -> None:
-        train(model, data, protocol, seed + 2_000, protocol.final_steps, protocol.final_learning_rate)
+    def finish(self, way: str, model: PreTrainedModel, split: str = "test") -> dict[str, Any]:
+        """The last steps, and what came out."""
+        task, settings = self.task, self.settings
+        before = {} if way == "scratch" else {"before_final": task.evaluate(model, split)}
+        task.train(model, self.seed + 2_000, settings.final_steps, settings.final_learning_rate)
         left = find_axes(model)
-        found = {"accuracy": accuracy(model, data.test), "params": left.params, "macs": left.macs}
-        write({"seed": seed, "way": way, "share": share, **found, **more})
+        return {task.metric: task.evaluate(model, split), "params": left.params, "macs": left.macs, **before}
 
-    if (seed, "dense", 0.0) not in done:
-        finish("dense", 0.0, copy.deepcopy(middle), {})
+
+def run_seed(task: Classifier | Detector, seed: int, write: Any, done: set[tuple[Any, ...]]) -> None:
+    """All ways of one seed; each finished one is written."""
+    wanted = [(share, way) for share in task.settings.shares for way in WAYS if (seed, way, share, None) not in done]
+    if not wanted and (seed, "dense", 0.0, None) in done:
+        return
+    run = Run(task, seed)
+    if (seed, "dense", 0.0, None) not in done:
+        write({"seed": seed, "way": "dense", "share": 0.0, **run.finish("dense", copy.deepcopy(run.middle))})
     for share, way in wanted:
+        start = time.perf_counter()
         try:
-            finish(way, share, *start_of(way, share))
+            model, more = run.start_of(way, share)
+            found = run.finish(way, model)
+            write({"seed": seed, "way": way, "share": share, **found, **more, "seconds": time.perf_counter() - start})
         except Exception as error:
             if way != "torch-pruning":
                 raise
@@ -218,14 +379,31 @@ def run_seed(data: Data, protocol: Protocol, seed: int, write: Any, done: set[tu
             write({"seed": seed, "way": way, "share": share, "failed": f"{type(error).__name__}: {error}"[:200]})
 
 
-def table(records: list[dict[str, Any]]) -> str:
+def tune(task: Classifier | Detector, write: Any, done: set[tuple[Any, ...]]) -> None:
+    """Every strength, on the validation split."""
+    wanted = [
+        (share, strength)
+        for share in task.settings.shares
+        for strength in STRENGTHS
+        if (TUNING_SEED, "search", share, strength) not in done
+    ]
+    if not wanted:
+        return
+    run = Run(task, TUNING_SEED)
+    for share, strength in wanted:
+        model, more = run.search(share, strength)
+        found = run.finish("search", model, "validation")
+        write({"seed": TUNING_SEED, "way": "search", "share": share, "strength": strength, **found, **more})
+
+
+def table(records: list[dict[str, Any]], metric: str) -> str:
     lines = [
-        "| removed | way | accuracy (mean, range) | before the last steps | parameters | MACs |",
+        f"| removed | way | {metric} (mean, range) | before the last steps | parameters | MACs |",
         "|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for record in records:
-        if "accuracy" in record:
+        if metric in record and "strength" not in record:
             groups.setdefault((record["share"], record["way"]), []).append(record)
     dense = groups.get((0.0, "dense"), [])
 
@@ -233,46 +411,70 @@ def table(records: list[dict[str, Any]]) -> str:
         return statistics.mean(row[key] for row in rows if key in row)
 
     for (share, way), rows in sorted(groups.items()):
-        values = [row["accuracy"] for row in rows]
+        values = [row[metric] for row in rows]
         before = f"{mean(rows, 'before_final'):.2f}" if any("before_final" in row for row in rows) else ""
         ratios = [f"{mean(rows, key) / mean(dense, key):.2f}" if dense else "" for key in ("params", "macs")]
         lines.append(
             f"| {share:.0%} | {way} | {statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f}, n={len(values)}) | "
             f"{before} | {ratios[0]} | {ratios[1]} |"
         )
-    for record in records:
-        if "failed" in record:
-            lines.append(f"| {record['share']:.0%} | {record['way']} | did not run: {record['failed']} | | | |")
+    failures = {(record["share"], record["way"]): record["failed"] for record in records if "failed" in record}
+    lines += [f"| {share:.0%} | {way} | did not run: {why} | | | |" for (share, way), why in failures.items()]
+    tuned = [record for record in records if "strength" in record]
+    if tuned:
+        lines += [
+            "",
+            f"Strengths, on the validation split, seed {TUNING_SEED}:",
+            "",
+            f"| removed | strength | {metric} |",
+            "|---|---|---|",
+        ]
+        lines += [f"| {row['share']:.0%} | {row['strength']:g} | {row[metric]:.2f} |" for row in tuned]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--data", default=DEFAULT_DATA)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these; a second process may work on the others")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
-    protocol = QUICK if arguments.quick else Protocol()
-    output = arguments.output or HERE / "results" / ("sidt_quick.jsonl" if arguments.quick else "sidt.jsonl")
+    kind = TASKS[arguments.task]
+    protocol = kind.quick if arguments.quick else kind.protocol
+    name = f"sidt_{arguments.task}{'_quick' if arguments.quick else ''}.jsonl"
+    output = arguments.output or HERE / "results" / name
     output.parent.mkdir(parents=True, exist_ok=True)
-    lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
-    records = [json.loads(line) for line in lines]
     settings = json.loads(json.dumps(asdict(protocol)))
-    if records and records[0]["protocol"] != settings:
-        raise SystemExit(f"{output} holds results of another protocol; move it away.")
+
+    def finished() -> list[dict[str, Any]]:
+        lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
+        return [json.loads(line) for line in lines]
+
+    shared = {key: value for key, value in settings.items() if key != "strength"}
+    for record in finished():
+        if {key: record["protocol"][key] for key in shared} != shared:
+            raise SystemExit(f"{output} holds results of another protocol; move it away.")
 
     def write(record: dict[str, Any]) -> None:
-        records.append({"protocol": settings, **record})
-        partial = output.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in records), encoding="utf-8")
-        os.replace(partial, output)
-        print({key: value for key, value in record.items() if key != "protocol"}, flush=True)
+        with output.open("a", encoding="utf-8") as file:  # one short line at a time, so that two processes may share it
+            file.write(json.dumps({"protocol": settings, **record}) + "\n")
+        print(record, flush=True)
 
-    data = load_data(arguments.data, protocol.train_images)
-    for seed in protocol.seeds:
-        run_seed(data, protocol, seed, write, {(r["seed"], r["way"], r["share"]) for r in records})
-    print(table(records))
-    output.with_suffix(".md").write_text(table(records) + "\n", encoding="utf-8")
+    task = kind(arguments.data, protocol)
+    done = {(r["seed"], r["way"], r["share"], r.get("strength")) for r in finished()}
+    if arguments.tune:
+        tune(task, write, done)
+    else:
+        for seed in arguments.seeds or protocol.seeds:
+            run_seed(task, seed, write, done)
+    text = table(finished(), kind.metric)
+    print(text)
+    partial = output.with_suffix(".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, output.with_suffix(".md"))
 
 
 if __name__ == "__main__":
