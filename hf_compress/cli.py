@@ -130,8 +130,7 @@ def prune(
         from .axes import find_axes
         from .surgery import prune as prune_model
 
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise CheckpointError(f"{output} exists and is not an empty folder. Choose another --output.")
+        _check_output(output)
         loaded = _load(model)
         inputs = _example_inputs(model, loaded, image_size)
         before = find_axes(loaded, inputs).cost()
@@ -148,18 +147,64 @@ def prune(
             fold_shift=fold_shift,
             example_inputs=inputs,
         )
-        after = find_axes(loaded, inputs).cost()
-        beside = output.with_name(f"{output.name}.partial")
-        loaded.save_pretrained(beside)
-        processor = _processor(model)
-        if processor is not None:
-            processor.save_pretrained(beside)
-        if output.exists():
-            output.rmdir()
-        beside.rename(output)
+        _save(loaded, output, _processor(model))
+        _report_costs(before, find_axes(loaded, inputs).cost(), output)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists and is not an empty folder. Choose another --output.")
+
+
+def _save(loaded: Any, output: Path, processor: Any) -> None:
+    beside = output.with_name(f"{output.name}.partial")
+    loaded.save_pretrained(beside)
+    if processor is not None:
+        processor.save_pretrained(beside)
+    if output.exists():
+        output.rmdir()
+    beside.rename(output)
+
+
+def _report_costs(before: Any, after: Any, output: Path) -> None:
+    console = _console()
+    for name, old, new in (("MACs", before.macs, after.macs), ("parameters", before.params, after.params)):
+        console.print(f"{name:<11}{old:>15,} -> {new:,} ({new / old:.1%})", highlight=False)
+    console.print(f"saved in {output}", highlight=False, markup=False)
+
+
+@app.command()
+def factorize(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="New folder for the smaller model.", show_default=False)],
+    macs: Annotated[float | None, typer.Option(help="Budget: share of the MACs, or a number.")] = None,
+    params: Annotated[float | None, typer.Option(help="Budget: share of the parameters, or a number.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of its energy that a layer may lose, 0 to 1.")] = None,
+    scheme: Annotated[str, typer.Option(help="channel, spatial, decoupled, or best.")] = "best",
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Pattern of layer names or a class; may be repeated.")
+    ] = None,
+    image_size: ImageSize = None,
+) -> None:
+    """Put layers in two factors of low rank; half of the MACs when nothing is said."""
+    with _errors():
+        from .surgery import factorize as factorize_model
+        from .surgery import factorize_report
+
+        _check_output(output)
+        loaded = _load(model)
+        factorize_model(
+            loaded,
+            energy=energy,
+            scheme=scheme,
+            macs=0.5 if macs is None and params is None and energy is None else macs,
+            params=params,
+            targets=targets or None,
+            example_inputs=_example_inputs(model, loaded, image_size),
+        )
+        _save(loaded, output, _processor(model))
         console = _console()
-        for name, old, new in (("MACs", before.macs, after.macs), ("parameters", before.params, after.params)):
-            console.print(f"{name:<11}{old:>15,} -> {new:,} ({new / old:.1%})", highlight=False)
+        console.print(str(factorize_report(loaded)), highlight=False, markup=False, soft_wrap=True)
         console.print(f"saved in {output}", highlight=False, markup=False)
 
 

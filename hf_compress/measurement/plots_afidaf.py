@@ -82,10 +82,11 @@ def plot_fourier_masks(
     mask, kernel = masks[name]
     strongest = mask.abs().flatten(1).norm(dim=1).argsort(descending=True)[:_COLUMNS].tolist()
     chosen = list(strongest if channels is None else channels)[:_COLUMNS]
-    with _figure(path, 7.0) as frame:
+    row_height = 0.35 + 1.4 * kernel.shape[-2] / kernel.shape[-1]  # inches; four panels side by side
+    with _figure(path, 2.9 + 2 * row_height) as frame:
         figure = frame.figure
         frame.remove()
-        grid = figure.add_gridspec(3, _COLUMNS, height_ratios=[1.35, 1, 1])
+        grid = figure.add_gridspec(3, _COLUMNS, height_ratios=[2.9, row_height, row_height])
         top = figure.add_subplot(grid[0, :])
         top.imshow(image)
         top.set_title("image", color=_GREY)

@@ -5,7 +5,10 @@ from .dimension_search import DimensionSearchCallback
 from .network_slimming import NetworkSlimmingCallback
 from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
 from .proximal_slimming import ProximalSlimmingCallback
+from .quantization_aware_training import QuantizationAwareTrainingCallback
 from .reporting import report_first
+from .sparse_group import SparseGroupCallback
+from .trained_rank_pruning import TrainedRankPruningCallback
 
 __all__ = [
     "L1",
@@ -17,6 +20,9 @@ __all__ = [
     "NetworkSlimmingCallback",
     "Penalty",
     "ProximalSlimmingCallback",
+    "QuantizationAwareTrainingCallback",
+    "SparseGroupCallback",
+    "TrainedRankPruningCallback",
     "TransformedL1",
     "penalty_from",
     "report_first",

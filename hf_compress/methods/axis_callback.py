@@ -126,6 +126,7 @@ class AxisCallback(TrainerCallback, ExportableState):
         Raises:
             HfCompressError: when the method cannot act on this model, or cannot reach its own target.
         """
+        self._validate()
         return self.scores(model)
 
     def kept(self, model: nn.Module) -> dict[str, Tensor] | None:

@@ -5,6 +5,7 @@ What is wrong is found here, in seconds, and said with the recipe's line; what i
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import math
@@ -23,7 +24,16 @@ from ..export.outputs import named_outputs
 from ..measurement.latency_table import LatencyTable
 from ..surgery import magnitude_scores
 from .data import RawData, local_folder
-from .schema import Method, PruneStage, Recipe, Training, scoring_stage
+from .schema import (
+    Compression,
+    FactorizeStage,
+    Method,
+    PruneStage,
+    Recipe,
+    TrainedRankPruningStage,
+    Training,
+    scoring_stage,
+)
 from .source import closest
 from .tasks import TASKS, Task
 
@@ -96,7 +106,7 @@ def prepare(recipe: Recipe) -> Prepared:
         if isinstance(stage, Training):
             arguments = training_arguments(recipe, index, Path("unused"))
             prepared.steps[index] = number_of_steps(arguments, len(data.train))
-    if any(isinstance(stage, (PruneStage, Method)) for stage in recipe.stages):
+    if any(isinstance(stage, (Compression, Method, TrainedRankPruningStage)) for stage in recipe.stages):
         prepared.axes = find_axes(model, prepared.example_inputs)
         _check_budgets(prepared)
     return prepared
@@ -189,7 +199,7 @@ def method_callback(recipe: Recipe, index: int, example_inputs: dict[str, Tensor
         HfCompressError: when the method refuses its parameters.
     """
     stage = recipe.stages[index]
-    if not isinstance(stage, Method):
+    if not isinstance(stage, Training):
         return None
     try:
         return stage.callback(example_inputs)
@@ -258,7 +268,10 @@ def _new_model(recipe: Recipe, data: RawData[Any]) -> PreTrainedModel:
         given["image_size"] = [height, width] if is_pair else height
     labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     try:
-        return task.auto_class.from_config(config_class(**given, **labels))
+        config = config_class(**given, **labels)
+        # transformers 5.24 iterates over it where a model type has two classes (DeiT)
+        config.architectures = config.architectures or []
+        return task.auto_class.from_config(config)
     except Exception as error:  # configuration classes raise anything from KeyError to RuntimeError
         raise ModelError(f"{recipe.where(*here)}: no {kind} can be built from this: {_first_line(error)}") from error
 
@@ -398,6 +411,10 @@ def _check_budgets(prepared: Prepared) -> None:
         try:
             if isinstance(stage, Method):
                 found[index] = _method_scores(prepared, index)
+            elif isinstance(stage, TrainedRankPruningStage):
+                method_callback(recipe, index).ranks(model)  # refuses patterns that match nothing
+            elif isinstance(stage, FactorizeStage):
+                prepared.goals[index] = _try_to_factorize(stage, prepared)
             elif isinstance(stage, PruneStage):
                 from .stages import choose
 
@@ -413,6 +430,22 @@ def _check_budgets(prepared: Prepared) -> None:
                 prepared.goals[index] = _goal(stage, axes, plan, table)
         except HfCompressError as error:
             raise type(error)(f"{here}: {error}") from error
+
+
+def _try_to_factorize(stage: FactorizeStage, prepared: Prepared) -> str:
+    """What a factorize stage aims at; the layers and the budget are tried on a copy."""
+    from .stages import factorize_by
+
+    trial = copy.deepcopy(prepared.model)
+    if stage.macs is None and stage.params is None:
+        try:
+            factorize_by(stage, prepared, trial)
+        except NothingToShrinkError:
+            pass  # these weights are not trained yet, and trained ones may have less in their tails
+        return f"each layer loses at most {stage.energy:g} of its energy"
+    factorize_by(stage, prepared, trial)
+    macs, params = find_axes(trial, prepared.example_inputs).cost()
+    return f"to about {macs:,} MACs and {params:,} parameters"
 
 
 def _method_scores(prepared: Prepared, index: int) -> Mapping[str, Tensor]:

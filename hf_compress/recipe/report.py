@@ -119,6 +119,7 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
         if folder.model(last) != folder.model(index):
             pruned = task.measure(load_model(prepared, folder.model(last)), prepared.split("test"))[figure]
             points.append(TradeoffPoint("pruned", (folder.done(last) or {})["macs"], pruned))
+    pictures |= _draw_ranks([folder.stage(n) for n, other in enumerate(stages, 1) if other.stage == "factorize"], made)
     points.append(TradeoffPoint("compressed", metrics["compressed"]["macs"], metrics["compressed"][figure]))
     plot_tradeoff(made / "tradeoff.png", points, measure=task.measured)
     pictures["tradeoff.png"] = f"{task.measured.capitalize()} on the test images against multiply-accumulates."
@@ -130,6 +131,28 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
                 plot_sparsity(made / "sparsity.png", entries)
                 pictures["sparsity.png"] = "Share of scales close to zero while training."
     return pictures
+
+
+def _draw_ranks(folders: list[Path], made: Path) -> dict[str, str]:
+    """Pictures of what the factorize stages in ``folders`` did; none without such a stage."""
+    from ..measurement.plots_low_rank import plot_ranks, plot_spectra
+
+    full: dict[str, int] = {}
+    kept: dict[str, int] = {}
+    spectra: dict[str, Any] = {}
+    for folder in folders:
+        layers = json.loads((folder / "publish" / "ranks.json").read_text(encoding="utf-8"))
+        kept |= {name: rank for name, (_, rank, _) in layers.items()}
+        full |= {name: most for name, (_, _, most) in layers.items()}
+        spectra |= load_file(folder / "spectra.safetensors")
+    if not kept:
+        return {}
+    plot_ranks(made / "ranks.png", full, kept)
+    plot_spectra(made / "spectra.png", spectra, ranks=kept)
+    return {
+        "ranks.png": "Full rank of every layer in two factors, and the rank that was kept.",
+        "spectra.png": "Singular values of every layer before it was replaced by two factors.",
+    }
 
 
 def write_readme(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .folder import RunFolder, write_text
-from .schema import PruneStage, Recipe, ReportStage, Training, load_recipe
+from .schema import Compression, Recipe, ReportStage, Training, load_recipe
 
 if TYPE_CHECKING:
     from .preparation import Prepared
@@ -97,7 +97,7 @@ def _run(prepared: Prepared, folder: RunFolder, say: Say) -> RunResult:
         if stage.stage == "push":
             _publish(folder, recipe)  # what is uploaded is what lies at the top of the folder
         details = f": {_steps(prepared.steps[number - 1])}" if isinstance(stage, Training) else ""
-        details = f": {prepared.goals[number - 1]}" if isinstance(stage, PruneStage) else details
+        details = f": {prepared.goals[number - 1]}" if isinstance(stage, Compression) else details
         say(f"{title}{details}")
         folder.finish(number, run_stage(prepared, folder, number))
     _publish(folder, recipe)

@@ -166,6 +166,17 @@ class Training(Section):
             raise ValueError("give `epochs` or `steps`, not both")
         return self
 
+    def callback(self, example_inputs: Any = None) -> Any:
+        """What acts on this training, as a callback for Trainer; None for ordinary training.
+
+        Args:
+            example_inputs: as for :func:`hf_compress.find_axes`.
+
+        Raises:
+            HfCompressError: when the method refuses its parameters.
+        """
+        return None
+
 
 class TrainStage(Training):
     """Ordinary training."""
@@ -187,17 +198,6 @@ class Method(Training):
     """
 
     decides: ClassVar[str] = ""
-
-    def callback(self, example_inputs: Any = None) -> Any:
-        """The method as a callback for Trainer.
-
-        Args:
-            example_inputs: as for :func:`hf_compress.find_axes`.
-
-        Raises:
-            HfCompressError: when the method refuses its parameters.
-        """
-        raise NotImplementedError
 
 
 class Slimming(Method):
@@ -313,7 +313,119 @@ class DimensionSearchStage(Method):
         )
 
 
-class PruneStage(Section):
+class SparseGroupStage(Method):
+    """Training to zero weights and zero groups of weights (see ``SparseGroupCallback``).
+
+    Attributes:
+        element: penalty on single weights: l0, l1, tl1, l1-l2, scad, null, or a mapping with its parameters.
+        group: ``l2,1``, or null.
+        strength, split: lambda and beta of the paper, over the number of training images.
+        growth, growth_every: ``split`` is multiplied by ``growth`` after every ``growth_every`` epochs.
+        slices: ``auto``, ``producers`` or ``readers``: which weights make up a group.
+        axes: glob pattern or patterns of axis names; all when not given.
+        inexact: also act on axes whose removal is not exactly masking.
+    """
+
+    decides: ClassVar[str] = "the groups that became zero go"
+
+    stage: Literal["sparse_group"]
+    element: str | dict[str, Any] | None = "l0"
+    group: str | None = "l2,1"
+    strength: Annotated[float, Field(ge=0)] = 1e-5
+    split: Annotated[float, Field(gt=0)] = 1e-3
+    growth: Annotated[float, Field(ge=1)] = 1.25
+    growth_every: Annotated[float, Field(gt=0)] = 20
+    slices: Literal["auto", "producers", "readers"] = "auto"
+    axes: str | list[str] | None = None
+    inexact: bool = False
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.SparseGroupCallback(
+            self.element,
+            self.group,
+            self.strength,
+            self.split,
+            self.growth,
+            growth_every=self.growth_every,
+            slices=self.slices,
+            axes=self.axes,
+            inexact=self.inexact,
+            example_inputs=example_inputs,
+        )
+
+
+class TrainedRankPruningStage(Training):
+    """Training to low rank; a ``factorize`` stage behind it replaces layers (see ``TrainedRankPruningCallback``).
+
+    Attributes:
+        energy: share of a layer's squared singular values that a truncation may drop.
+        period: optimizer steps from one truncation to the next.
+        scheme: channel, spatial or decoupled.
+        nuclear: strength of the nuclear norm.
+        nuclear_steps: ``truncation`` or ``all``: at which steps its subgradient is added.
+        targets: class names or glob patterns of layers; all but the first convolution and the last linear layer when not
+            given.
+        exclude: which of them to leave out, given likewise.
+    """
+
+    stage: Literal["trained_rank_pruning"]
+    energy: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    period: Positive = 20
+    scheme: Literal["channel", "spatial", "decoupled"] = "channel"
+    nuclear: Annotated[float, Field(ge=0)] = 0.0
+    nuclear_steps: Literal["truncation", "all"] = "truncation"
+    targets: list[str] | None = None
+    exclude: list[str] = Field(default_factory=list)
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.TrainedRankPruningCallback(
+            self.energy,
+            self.period,
+            self.scheme,
+            self.nuclear,
+            nuclear_steps=self.nuclear_steps,
+            targets=self.targets,
+            exclude=tuple(self.exclude),
+        )
+
+
+class Compression(Section):
+    """A stage that makes the model smaller: models before the first one are dense."""
+
+
+class FactorizeStage(Compression):
+    """Replace layers by two factors of low rank (see :func:`hf_compress.factorize`).
+
+    Attributes:
+        energy: the largest share of its squared singular values that a layer may lose; with a budget a limit for every layer.
+        macs, params: budget: a share of the dense model (below 1) or an absolute number.
+        scheme: channel, spatial or decoupled for all layers, or ``best`` of them for each.
+        calibration_images: factors that keep the outputs on so many training images instead of the weights; 0 for weights.
+        targets: class names or glob patterns of layers; all when not given.
+    """
+
+    stage: Literal["factorize"]
+    energy: Annotated[float, Field(gt=0, lt=1)] | None = None
+    macs: Annotated[float, Field(gt=0)] | None = None
+    params: Annotated[float, Field(gt=0)] | None = None
+    scheme: Literal["best", "channel", "spatial", "decoupled"] = "best"
+    calibration_images: Annotated[int, Field(ge=0)] = 256
+    targets: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> FactorizeStage:
+        if self.macs is not None and self.params is not None:
+            raise ValueError("give `macs` or `params`, not both")
+        if self.energy is None and self.macs is None and self.params is None:
+            raise ValueError("give `macs` or `params` (a budget), or `energy` (the most that a layer may lose)")
+        return self
+
+
+class PruneStage(Compression):
     """Choose what to keep and remove the rest.
 
     Attributes:
@@ -399,6 +511,9 @@ Stage = Annotated[
     | NetworkSlimmingStage
     | ProximalSlimmingStage
     | DimensionSearchStage
+    | SparseGroupStage
+    | TrainedRankPruningStage
+    | FactorizeStage
     | PruneStage
     | ExportStage
     | ReportStage
@@ -410,13 +525,16 @@ STAGES: dict[str, type[Section]] = {
     "network_slimming": NetworkSlimmingStage,
     "proximal_slimming": ProximalSlimmingStage,
     "dimension_search": DimensionSearchStage,
+    "sparse_group": SparseGroupStage,
+    "trained_rank_pruning": TrainedRankPruningStage,
+    "factorize": FactorizeStage,
     "prune": PruneStage,
     "finetune": FinetuneStage,
     "export": ExportStage,
     "report": ReportStage,
     "push": PushStage,
 }
-MODEL_STAGES = tuple(name for name, kind in STAGES.items() if issubclass(kind, (Training, PruneStage)))
+MODEL_STAGES = tuple(name for name, kind in STAGES.items() if issubclass(kind, (Training, Compression)))
 """Those that change the model."""
 
 
@@ -621,8 +739,8 @@ def _order_problems(recipe: Recipe) -> list[str]:
         if isinstance(stage, PruneStage) and stage.support and scoring_stage(recipe, index) is None:
             deciding = " or ".join(n for n, kind in STAGES.items() if issubclass(kind, Method) and kind.decides)
             problems.append(
-                f"{recipe.where('stages', index, 'support')}: needs a {deciding} stage before it, with no other prune in "
-                "between. Add one, or give a budget (`macs: 0.5`)."
+                f"{recipe.where('stages', index, 'support')}: needs a {deciding} stage before it, with neither prune nor "
+                "factorize in between. Add one, or give a budget (`macs: 0.5`)."
             )
         if isinstance(stage, ReportStage) and stage.dense is not None:
             problems += _dense_problems(recipe, index, stage)
@@ -631,7 +749,7 @@ def _order_problems(recipe: Recipe) -> list[str]:
 
 def _dense_problems(recipe: Recipe, index: int, stage: ReportStage) -> list[str]:
     names: list[str] = [other.stage for other in recipe.stages]
-    pruned = names.index("prune") if "prune" in names else len(names)
+    pruned = next((i for i, other in enumerate(recipe.stages) if isinstance(other, Compression)), len(names))
     usable = [number for number, name in enumerate(names[:pruned]) if name in MODEL_STAGES]
     where = recipe.where("stages", index, "dense")
     if isinstance(stage.dense, int):
@@ -641,7 +759,7 @@ def _dense_problems(recipe: Recipe, index: int, stage: ReportStage) -> list[str]
     if len(wanted) == 1:
         return []
     options = ", ".join(f"{number} ({names[number]})" for number in usable) or "none"
-    return [f"{where}: {stage.dense!r} is not one stage before the first prune. Possible: {options}."]
+    return [f"{where}: {stage.dense!r} is not one stage before the model gets smaller. Possible: {options}."]
 
 
 def scoring_stage(recipe: Recipe, index: int) -> int | None:
@@ -649,7 +767,7 @@ def scoring_stage(recipe: Recipe, index: int) -> int | None:
     stage = recipe.stages[index]
     for number in range(index - 1, -1, -1):
         other = recipe.stages[number]
-        if isinstance(other, PruneStage):
+        if isinstance(other, Compression):  # its axes are others, or have other indices
             return None
         if isinstance(other, Method):
             is_undecided = isinstance(stage, PruneStage) and stage.support and not other.decides

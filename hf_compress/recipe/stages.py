@@ -15,10 +15,20 @@ from torch import Tensor
 from ..axes import AxisGraph, find_axes
 from ..errors import HfCompressError
 from ..measurement.latency_table import LatencyTable
-from ..surgery import Plan, magnitude_scores, select, shrink
+from ..surgery import Plan, factorize, factorize_report, magnitude_scores, select, shrink
 from .folder import RunFolder, write_json
 from .preparation import Prepared
-from .schema import MODEL_STAGES, ExportStage, PruneStage, PushStage, Training, scoring_stage
+from .schema import (
+    MODEL_STAGES,
+    Compression,
+    ExportStage,
+    FactorizeStage,
+    Method,
+    PruneStage,
+    PushStage,
+    Training,
+    scoring_stage,
+)
 
 OUTPUTS_FILE = "logits.safetensors"
 
@@ -60,6 +70,8 @@ def run_stage(prepared: Prepared, folder: RunFolder, number: int) -> dict[str, A
         return _train(prepared, index, folder.model(index), partial)
     if isinstance(stage, PruneStage):
         return _prune(prepared, folder, index, partial)
+    if isinstance(stage, FactorizeStage):
+        return _factorize(prepared, folder, index, partial)
     if isinstance(stage, ExportStage):
         return _export(prepared, stage, folder.model(index), partial)
     if isinstance(stage, PushStage):
@@ -76,7 +88,7 @@ def _train(prepared: Prepared, index: int, source: Path, partial: Path) -> dict[
 
     model = load_model(prepared, source)
     callback, history = train(prepared, index, model, partial / "trainer")
-    if callback is not None:
+    if isinstance(prepared.recipe.stages[index], Method):
         tensors = {f"scores/{name}": value for name, value in callback.scores(model).items()}
         tensors |= {f"support/{name}": mask for name, mask in (callback.kept(model) or {}).items()}
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial / "scores.safetensors")
@@ -122,6 +134,51 @@ def _prune(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     found = validate(prepared, model)
     save_result(prepared, model, partial)
     return {"stage": "prune", "macs": macs, "params": params, **found}
+
+
+def _factorize(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
+    recipe, stage = prepared.recipe, prepared.recipe.stages[index]
+    assert isinstance(stage, FactorizeStage) and prepared.axes is not None
+    model = load_model(prepared, folder.model(index))
+    try:
+        factorize_by(stage, prepared, model)
+    except HfCompressError as error:
+        raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+    report = factorize_report(model)
+    factorised = [layer for layer in report.layers if layer.rank is not None]
+    made = partial / "publish"
+    made.mkdir()
+    write_json(made / "ranks.json", {layer.name: [layer.scheme, layer.rank, layer.full_rank] for layer in factorised})
+    spectra = {layer.name: layer.energies.sqrt().contiguous() for layer in factorised if layer.energies is not None}
+    save_file(spectra, partial / "spectra.safetensors")
+    left = find_axes(model, prepared.example_inputs)
+    found = validate(prepared, model)
+    save_result(prepared, model, partial)
+    return {"stage": "factorize", "macs": left.macs, "params": left.params, **found}
+
+
+def factorize_by(stage: FactorizeStage, prepared: Prepared, model: Any) -> None:
+    """Factorise a model as a stage says; shares are of the recipe's dense model.
+
+    Raises:
+        HfCompressError: as :func:`hf_compress.factorize`.
+    """
+    assert prepared.axes is not None
+    dense = {"macs": prepared.axes.macs, "params": prepared.axes.params}
+    budget = {name: getattr(stage, name) for name in dense if getattr(stage, name) is not None}
+    budget = {name: value * dense[name] if value < 1 else value for name, value in budget.items()}
+    images = prepared.split("train")
+    count = min(stage.calibration_images, len(images))
+    batches = [{"pixel_values": pixels} for pixels in images.pixels(count).split(32)] if count else None
+    factorize(
+        model,
+        energy=stage.energy,
+        scheme=stage.scheme,
+        targets=stage.targets,
+        batches=batches,
+        example_inputs=prepared.example_inputs,
+        **budget,
+    )
 
 
 def _latency(
@@ -231,10 +288,10 @@ def test_pixels(prepared: Prepared) -> Tensor:
 
 
 def unpruned_stages(prepared: Prepared) -> list[int]:
-    """Numbers of the training stages before the first prune, whose models are dense."""
+    """Numbers of the training stages whose models are dense: nothing was removed or factorised before."""
     numbers = []
     for number, stage in enumerate(prepared.recipe.stages, 1):
-        if stage.stage == "prune":
+        if isinstance(stage, Compression):
             break
         if stage.stage in MODEL_STAGES:
             numbers.append(number)

@@ -47,7 +47,7 @@ def test_picture(tmp_path: Path) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     path = plot_fourier_masks(tmp_path / "masks.png", model, torch.randn(1, 3, 64, 64), image)
     with Image.open(path) as picture:
-        assert picture.size == (900, 1050) and len(np.unique(np.asarray(picture.convert("L")))) > 50
+        assert picture.size == (900, 960) and len(np.unique(np.asarray(picture.convert("L")))) > 50
     assert [p.name for p in tmp_path.iterdir()] == ["masks.png"]
     with pytest.raises(ModelError, match="no Fourier filter 'elsewhere'"):
         plot_fourier_masks(tmp_path / "no.png", model, torch.randn(1, 3, 64, 64), image, "elsewhere")

@@ -420,6 +420,7 @@ def test_channels_last(variant: str) -> None:
 # -- export ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torch_export_with_any_batch_height_and_width() -> None:
     model, dim = build(), torch.export.Dim
     free = {"pixel_values": {0: dim("batch"), 2: dim("height", min=33, max=999), 3: dim("width", min=33, max=999)}}
@@ -431,6 +432,7 @@ def test_torch_export_with_any_batch_height_and_width() -> None:
             torch.testing.assert_close(program(pixel_values=x).logits, model(x).logits, rtol=1e-4, atol=1e-5)  # float32
 
 
+@pytest.mark.slow
 def test_compiled_is_the_same() -> None:
     for variant in ("plain", "hierarchical"):
         model = build(variant)
@@ -441,6 +443,7 @@ def test_compiled_is_the_same() -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLASSES[2:])
 def test_onnx(kind: type, tmp_path: Path) -> None:
     model = build("plain", kind, depths=[0, 0, 1])

@@ -281,7 +281,7 @@ def test_torch_is_left_as_it_was(tmp_path: Path) -> None:
     assert (torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()) == before
 
 
-_SMALL = "hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32"
+_SMALL = "hidden_size: 48, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 96"
 STAND_INS = {
     "sidt_cifar100": f"{{model_type: deit, image_size: 28, patch_size: 7, {_SMALL}}}",
     "sidt_coco": f"{{model_type: yolos, image_size: [64, 64], num_detection_tokens: 5, {_SMALL}}}",
