@@ -118,7 +118,7 @@ class Method:
 TRP: tuple[Setting, ...] = ((0.02, 0.0), (0.05, 0.0), (0.1, 0.0))
 # The subgradient is added at every step. The paper's 3e-4 is for 164 epochs of CIFAR-10; this is 2 epochs, so the norm has
 # to pull the harder.
-TRP_NUCLEAR: tuple[Setting, ...] = ((0.02, 1e-3), (0.02, 3e-3), (0.05, 1e-3), (0.05, 3e-3), (0.1, 1e-3))
+TRP_NUCLEAR: tuple[Setting, ...] = ((0.02, 3e-3), (0.02, 1e-2), (0.05, 1e-3), (0.05, 3e-3), (0.1, 1e-3))
 # chosen in slimming_pareto for 50 % and 25 %
 SLIMMING: tuple[Setting, ...] = ((8e-4, 0.1), (3.2e-3, 0.1))
 METHODS = {
