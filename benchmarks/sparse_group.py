@@ -7,7 +7,7 @@ that are gone (zero or removed) and against MACs; the table reads both curves at
 point. The coupling and its growth are chosen on a validation split and a seed that is not reported (``--tune``). Finished
 runs stay in a JSON-lines file, so a run that was killed goes on where it stopped.
 
-    python benchmarks/sparse_group.py --tune       # try couplings at the middle strength (about 20 minutes on one CPU core)
+    python benchmarks/sparse_group.py --tune       # try couplings at the middle strength
     python benchmarks/sparse_group.py              # three seeds, all strengths, then table, JSON and plot
     python benchmarks/sparse_group.py --plot-only  # report again from what is finished
     python benchmarks/sparse_group.py --quick      # everything once at a toy size: does it run?

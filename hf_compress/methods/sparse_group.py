@@ -189,7 +189,10 @@ class SparseGroupCallback(AxisCallback):
     Choosing the numbers. Weights below ``sqrt(2 strength / split)`` (l0), or below ``strength / split`` (l1, tl1 about
     twice that), and groups below ``strength sqrt|g| / split`` are drawn to zero, at a rate of
     ``lr * split / (1 - momentum)`` per step; over the training that should add up to 5 or more, else the last step (setting
-    weights to zero) changes the function. A schedule that is n times shorter needs a ``split`` n times larger, and a
+    weights to zero) changes the function. Below its threshold a group is pulled in proportion to its size, so that a whole
+    layer can keep working there and be lost at the end: raise ``split`` until ``strength sqrt|g| / split`` is a small part
+    of the norms (LeNet-5 on Fashion-MNIST with SGD at 0.05: split 0.3 with strength 1e-4 to 3e-4 loses nothing at the end,
+    split 0.05 with strength 2.5e-4 all but one channel of a layer). A schedule that is n times shorter needs a ``split`` n times larger, and a
     ``strength`` n times larger for the same thresholds.
 
     While training, V is a buffer of the model, so that checkpoints hold it and resuming continues exactly; at the end of

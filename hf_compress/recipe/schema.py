@@ -287,9 +287,9 @@ class DimensionSearchStage(Method):
     decides: ClassVar[str] = "what the target of the search names goes"
 
     stage: Literal["dimension_search"]
-    strength: float | dict[str, float] = 0.1
+    strength: float | dict[str, float] = 1.0
     target: float | dict[str, float] | None = None
-    warmup: Annotated[float, Field(ge=0)] = 0
+    warmup: Annotated[float, Field(ge=0)] = 0.1
     penalty: str = "l1"
     parameters: dict[str, float] = Field(default_factory=dict)
     kinds: list[str] | None = None

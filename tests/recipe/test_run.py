@@ -283,6 +283,7 @@ def test_torch_is_left_as_it_was(tmp_path: Path) -> None:
 
 _SMALL = "hidden_size: 48, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 96"
 STAND_INS = {
+    "afidaf_coco": "{model_type: afidaf, hidden_sizes: [32, 48, 64, 64, 64], image_size: 64}",
     "sidt_cifar100": f"{{model_type: deit, image_size: 28, patch_size: 7, {_SMALL}}}",
     "sidt_coco": f"{{model_type: yolos, image_size: [64, 64], num_detection_tokens: 5, {_SMALL}}}",
 }
@@ -305,7 +306,9 @@ def test_public_recipes_are_valid(name: str, tmp_path: Path) -> None:
         if not FASHION.is_dir():
             pytest.skip(f"needs the data set at {FASHION}, and no Hub is assumed to be in reach")
         limits = ["data.train_limit=64", "data.validation_limit=32", "data.test_limit=32"]
-        overrides += [f"data.name={FASHION}", "data.label_column=null", "data.image_size=28", *limits]
+        overrides += [f"data.name={FASHION}", "data.image_column=null", "data.label_column=null", *limits]
+        if recipe.model.pretrained is not None:
+            overrides.append("data.image_size=28")  # that of the model in its place
     result = run_recipe(RECIPES / name, overrides, tmp_path / "out", dry_run=True)
     assert sum(result.steps.values()) > 0
 
