@@ -73,11 +73,7 @@ class AxisCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        self._validate()
-        if getattr(args, "deepspeed", None):
-            raise MethodError(f"{type(self).__name__} cannot reach parameters under DeepSpeed; use DDP or FSDP2.")
-        check_finite(model)
-        self.axis_metrics_ = {}
+        self._begin(args, model)
         self.scales_ = self._scales(model)
         self._claim(model, state, self.scales_.names)
         if self.gamma_init is not None and state.global_step == 0:
@@ -148,6 +144,14 @@ class AxisCallback(TrainerCallback, ExportableState):
         return {"args": arguments, "attributes": {}}
 
     # -- for subclasses -------------------------------------------------------------------------------------------
+
+    def _begin(self, args: TrainingArguments, model: nn.Module) -> None:
+        """What every method sees to before its first step."""
+        self._validate()
+        if getattr(args, "deepspeed", None):
+            raise MethodError(f"{type(self).__name__} cannot reach parameters under DeepSpeed; use DDP or FSDP2.")
+        check_finite(model)
+        self.axis_metrics_ = {}
 
     def _validate(self) -> None:
         """Check the constructor's arguments."""

@@ -26,6 +26,7 @@ from hf_compress.surgery.plan import Plan
 from .axis_callback import AxisCallback, Grouping, check_number, plan_of_support
 from .penalties import L1, Penalty, as_penalty
 from .scales import Scales
+from .training_buffer import register, registered, unregister
 
 logger = logging.get_logger(__name__)
 
@@ -148,7 +149,7 @@ class ProximalSlimmingCallback(AxisCallback):
         except NothingToShrinkError:
             return  # on_train_begin reports it; a Trainer that only evaluates has no need of it
         # Here, so that resuming fills it from the checkpoint; NaN says that nothing did.
-        _register(model, scales, torch.full_like(scales.read(), float("nan")))
+        register(model, _name(scales), torch.full_like(scales.read(), float("nan")))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,7 +160,7 @@ class ProximalSlimmingCallback(AxisCallback):
         assert self.scales_ is not None
         self.auxiliary_ = None
         self._find_groups(optimizer)
-        xi = _registered(model, self.scales_)
+        xi = registered(model, _name(self.scales_))
         if xi is not None and not xi.isnan().any():
             return
         if state.global_step > 0:
@@ -167,7 +168,7 @@ class ProximalSlimmingCallback(AxisCallback):
                 f"{type(self).__name__}: the checkpoint holds no auxiliary variable for these axes, so it starts again "
                 "as a copy of the scales. Resume with a new Trainer, made with the same callback arguments."
             )
-        _register(model, self.scales_, self.scales_.read())
+        register(model, _name(self.scales_), self.scales_.read())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,7 +177,7 @@ class ProximalSlimmingCallback(AxisCallback):
         optimizer = kwargs["optimizer"]
         if self.scales_ is None or getattr(optimizer, "step_was_skipped", False):
             return
-        xi = _registered(model, self.scales_)
+        xi = registered(model, _name(self.scales_))
         assert xi is not None
         with torch.no_grad():
             gamma, new = proximal_step(
@@ -194,7 +195,7 @@ class ProximalSlimmingCallback(AxisCallback):
         if self.zero_on_removal:
             self._zero_removed(model)
         self.auxiliary_, self._sizes = self._auxiliary(model, self.scales_), self.scales_.sizes
-        _unregister(model, self.scales_)
+        unregister(model, _name(self.scales_))
         super().on_train_end(args, state, control, **kwargs)
 
     # -- results --------------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ class ProximalSlimmingCallback(AxisCallback):
 
     def _auxiliary(self, model: nn.Module, scales: Scales) -> Tensor:
         """[n]: xi, wherever it is now."""
-        xi = _registered(model, scales)
+        xi = registered(model, _name(scales))
         if xi is not None and not xi.isnan().any():
             return xi.clone()
         if self.auxiliary_ is not None and self._sizes == scales.sizes:  # not for a model that was shrunk since
@@ -321,20 +322,3 @@ class ProximalSlimmingCallback(AxisCallback):
 def _name(scales: Scales) -> str:
     # by content: two callbacks on different axes have different buffers, and a replaced callback finds its own
     return f"hf_compress_xi_{zlib.crc32(chr(10).join([*scales.sizes, *scales.names]).encode()):08x}"
-
-
-def _registered(model: nn.Module, scales: Scales) -> Tensor | None:
-    return model._buffers.get(_name(scales))
-
-
-def _register(model: nn.Module, scales: Scales, xi: Tensor) -> None:
-    present = _registered(model, scales)
-    if present is not None and present.shape == xi.shape and present.dtype == xi.dtype:
-        present.copy_(xi)  # in place: DistributedDataParallel holds on to the buffers it was made with
-    else:
-        model.register_buffer(_name(scales), xi)
-
-
-def _unregister(model: nn.Module, scales: Scales) -> None:
-    if _registered(model, scales) is not None:
-        delattr(model, _name(scales))

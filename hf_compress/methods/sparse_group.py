@@ -32,8 +32,9 @@ from hf_compress.axes.finding import Inputs
 from hf_compress.errors import MethodError, ModelError, NothingToShrinkError
 from hf_compress.surgery.plan import Plan
 
-from .axis_callback import AxisCallback, check_finite, check_number, plan_of_support
+from .axis_callback import AxisCallback, check_number, plan_of_support
 from .network_slimming import unscale_gradients
+from .training_buffer import register, registered, unregister
 from .weight_groups import Slices, WeightGroups
 
 logger = logging.get_logger(__name__)
@@ -264,23 +265,21 @@ class SparseGroupCallback(AxisCallback):
         except NothingToShrinkError:
             return  # on_train_begin reports it; a Trainer that only evaluates has no need of it
         # Here, so that resuming fills it from the checkpoint; NaN says that nothing did.
-        _register(model, groups, torch.full((groups.length,), float("nan"), dtype=groups.dtype, device=groups.device))
+        register(
+            model, _name(groups), torch.full((groups.length,), float("nan"), dtype=groups.dtype, device=groups.device)
+        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        self._validate()
-        if getattr(args, "deepspeed", None):
-            raise MethodError(f"{type(self).__name__} cannot reach parameters under DeepSpeed; use DDP or FSDP2.")
-        check_finite(model)
-        self.axis_metrics_ = {}
+        self._begin(args, model)
         self._warned: set[str] = set()
         self.groups_ = groups = self._groups(model)
         self._claim(
             model, state, [name for name, shape in zip(groups.names, groups.shapes, strict=True) if len(shape) > 1]
         )
-        flat = _registered(model, groups)
+        flat = registered(model, _name(groups))
         if flat is not None and not flat.isnan().any():
             return
         if state.global_step > 0:
@@ -288,7 +287,7 @@ class SparseGroupCallback(AxisCallback):
                 f"{type(self).__name__}: the checkpoint holds no auxiliary variable for these axes, so it starts again "
                 "as a copy of the weights. Resume with a new Trainer, made with the same callback arguments."
             )
-        _register(model, groups, groups.read())
+        register(model, _name(groups), groups.read())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -297,7 +296,7 @@ class SparseGroupCallback(AxisCallback):
         if self.groups_ is None:
             return
         unscale_gradients(kwargs["optimizer"])
-        flat = _registered(kwargs["model"], self.groups_)
+        flat = registered(kwargs["model"], _name(self.groups_))
         assert flat is not None
         beta = self._split_at(state)
         with torch.no_grad():
@@ -309,7 +308,7 @@ class SparseGroupCallback(AxisCallback):
         """V = prox(W)."""
         if self.groups_ is None or getattr(kwargs["optimizer"], "step_was_skipped", False):
             return
-        flat = _registered(kwargs["model"], self.groups_)
+        flat = registered(kwargs["model"], _name(self.groups_))
         assert flat is not None
         with torch.no_grad():
             self._proximal(self.groups_, flat, self.strength / self._split_at(state))
@@ -340,7 +339,7 @@ class SparseGroupCallback(AxisCallback):
         if self.groups_ is None:
             return
         self._project(model, self.groups_)
-        _unregister(model, self.groups_)
+        unregister(model, _name(self.groups_))
         self.groups_ = None  # it holds the parameters
 
     # -- results --------------------------------------------------------------------------------------------------
@@ -462,7 +461,7 @@ class SparseGroupCallback(AxisCallback):
 
     def _values(self, model: nn.Module, groups: WeightGroups) -> Tensor:
         """[length]: V, or W where there is no V."""
-        flat = _registered(model, groups)
+        flat = registered(model, _name(groups))
         return groups.read() if flat is None or flat.isnan().any() else flat
 
     def _magnitude(self, groups: WeightGroups) -> dict[str, Tensor]:
@@ -540,23 +539,6 @@ def _matrices(model: nn.Module) -> dict[str, Tensor]:
 def _name(groups: WeightGroups) -> str:
     # by content: two callbacks on different axes have different buffers, and a replaced callback finds its own
     return f"hf_compress_v_{groups.key}"
-
-
-def _registered(model: nn.Module, groups: WeightGroups) -> Tensor | None:
-    return model._buffers.get(_name(groups))
-
-
-def _register(model: nn.Module, groups: WeightGroups, flat: Tensor) -> None:
-    present = _registered(model, groups)
-    if present is not None and present.shape == flat.shape and present.dtype == flat.dtype:
-        present.copy_(flat)  # in place: DistributedDataParallel holds on to the buffers it was made with
-    else:
-        model.register_buffer(_name(groups), flat)
-
-
-def _unregister(model: nn.Module, groups: WeightGroups) -> None:
-    if _registered(model, groups) is not None:
-        delattr(model, _name(groups))
 
 
 __all__ = ["KeepZerosCallback", "SparseGroupCallback", "element_from", "group_factors", "weight_zeros"]
