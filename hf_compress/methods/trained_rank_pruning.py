@@ -213,6 +213,16 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
     # -- results --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def target_names(self, model: nn.Module) -> list[str]:
+        """Names of the layers that training would act on.
+
+        Raises:
+            MethodError: for an argument out of range.
+            NothingToShrinkError: when no layer that can be decomposed matches.
+        """
+        self._validate()
+        return [layer.name for layer in self._find(model)]
+
     def ranks(self, model: nn.Module, energy: float | None = None) -> dict[str, int]:
         """The rank that the energy rule keeps of every target.
 

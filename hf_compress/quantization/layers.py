@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
@@ -334,13 +334,18 @@ def freeze(model: nn.Module) -> nn.Module:
             _, scale = scale_of(weight, quantizer.bits, quantizer.rule, quantizer.channel_dim, learned)
             weight.copy_(fake_quantized(weight, quantizer.bits, quantizer.rule, quantizer.channel_dim, learned))
         freeze_as(module, quantizer, scale)
-    for path in scheme.activation_layers:
+    _train_ranges(model, scheme.activation_layers, False)
+    model.hf_compress_quantization = replace(scheme, format="packed")  # type: ignore[assignment]
+    return model
+
+
+def _train_ranges(model: nn.Module, paths: Iterable[str], wanted: bool) -> None:
+    """Whether what activation quantizers learn asks for gradients."""
+    for path in paths:
         for name in (ALPHA, BOUNDS):
             parameter = model.get_submodule(path)._parameters.get(name)
             if parameter is not None:
-                parameter.requires_grad_(False)
-    model.hf_compress_quantization = replace(scheme, format="packed")  # type: ignore[assignment]
-    return model
+                parameter.requires_grad_(wanted)
 
 
 def freeze_as(module: nn.Module, quantizer: WeightQuantizer, scale: Tensor) -> None:
@@ -373,11 +378,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
         assert weight is not None
         weight.requires_grad_(frozen.was_trained)
         _attach_weight(module, frozen.quantizer, frozen.scale)
-    for path in scheme.activation_layers:
-        for name in (ALPHA, BOUNDS):
-            parameter = model.get_submodule(path)._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(True)
+    _train_ranges(model, scheme.activation_layers, True)
     model.hf_compress_quantization = replace(scheme, format="training")  # type: ignore[assignment]
     return model
 

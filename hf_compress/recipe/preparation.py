@@ -412,7 +412,7 @@ def _check_budgets(prepared: Prepared) -> None:
             if isinstance(stage, Method):
                 found[index] = _method_scores(prepared, index)
             elif isinstance(stage, TrainedRankPruningStage):
-                method_callback(recipe, index).ranks(model)  # refuses patterns that match nothing
+                method_callback(recipe, index).target_names(model)  # refuses patterns that match nothing
             elif isinstance(stage, FactorizeStage):
                 prepared.goals[index] = _try_to_factorize(stage, prepared)
             elif isinstance(stage, PruneStage):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES
+from reloading import LOAD_ALL
 from torch import Tensor, nn
 
 import hf_compress
@@ -18,23 +19,6 @@ from hf_compress.hub import HfCompressConfig
 from hf_compress.surgery import record_of
 
 RELOADED = [name for name in FAMILIES if not name.startswith("plain")]
-
-LOAD_ALL = """
-import sys, warnings, torch
-torch.set_num_threads(1)
-warnings.simplefilter("error")
-import hf_compress
-from transformers import AutoModelForImageClassification
-for folder in sys.argv[1:]:
-    x, logits = torch.load(f"{folder}/expected.pt")
-    model, info = AutoModelForImageClassification.from_pretrained(f"{folder}/model", output_loading_info=True)
-    assert not any(info.values()), (folder, info)
-    with torch.no_grad():
-        found = model(x).logits
-    assert torch.equal(found, logits), (folder, float((found - logits).abs().max()))
-    model.save_pretrained(f"{folder}/again")
-print("all", len(sys.argv) - 1)
-"""
 
 
 def python(*arguments: str) -> str:

@@ -19,6 +19,7 @@ import torch
 import transformers
 from families import FAMILIES, images, perturb
 from masking import assert_close, assert_cut_equals_masked, logits, random_keep
+from reloading import LOAD_ALL
 from torch import Tensor, nn
 
 import hf_compress
@@ -524,22 +525,6 @@ def test_records_without_factors_are_written_as_before() -> None:
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 
-LOAD_ALL = """
-import sys, warnings, torch
-torch.set_num_threads(1)
-warnings.simplefilter("error")
-import hf_compress
-from transformers import AutoModelForImageClassification
-for folder in sys.argv[1:]:
-    x, logits = torch.load(f"{folder}/expected.pt")
-    model, info = AutoModelForImageClassification.from_pretrained(f"{folder}/model", output_loading_info=True)
-    assert not any(info.values()), (folder, info)
-    with torch.no_grad():
-        found = model(x).logits
-    assert torch.equal(found, logits), (folder, float((found - logits).abs().max()))
-    model.save_pretrained(f"{folder}/again")
-print("all", len(sys.argv) - 1)
-"""
 RELOADED = [f"{family}-F" for family in FAMILIES if not family.startswith("plain")]
 RELOADED += [f"{family}-PFP" for family in ("vit", "swin", "regnet_x", "mobilenet_v2")]
 

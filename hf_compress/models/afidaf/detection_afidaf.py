@@ -19,7 +19,7 @@ from torchvision.ops import Conv2dNormActivation, box_iou
 
 from hf_compress.errors import DataError
 
-from ..sidt.loss_sidt import _mean_over_processes
+from ..sidt.loss_sidt import mean_over_processes
 from .configuration_afidaf import AfidafConfig
 from .filters_afidaf import activation
 
@@ -163,7 +163,7 @@ def detection_loss(
     hardness = each.detach().masked_fill(positive, -1.0)
     rank = hardness.argsort(dim=1, descending=True).argsort(dim=1)
     hard = ~positive & (rank < config.negatives * positive.sum(dim=1, keepdim=True))
-    count = _mean_over_processes(positive.sum())
+    count = mean_over_processes(positive.sum())
     return {
         "loss_ce": (each * (positive | hard)).sum() / count,
         "loss_bbox": (torch.stack(losses).sum() if losses else offsets.sum() * 0) / count,

@@ -147,8 +147,8 @@ def detection_loss(
     left_top, right_bottom = of_positive.centers - wanted[:, :2], wanted[:, 2:] - of_positive.centers
     pairs = torch.stack([left_top, right_bottom])  # [2, positives, 2]: both sides of x and of y
     central = (pairs.amin(dim=0) / pairs.amax(dim=0)).prod(dim=1).sqrt()
-    count = _mean_over_processes(positive.sum())
-    weight = _mean_over_processes(central.sum())
+    count = mean_over_processes(positive.sum())
+    weight = mean_over_processes(central.sum())
     boxes = corners(distances[positive], of_positive)
     overlap = generalized_box_iou_loss(boxes, wanted)
     return {
@@ -158,7 +158,7 @@ def detection_loss(
     }
 
 
-def _mean_over_processes(value: Tensor) -> Tensor:
+def mean_over_processes(value: Tensor) -> Tensor:
     """What N processes share, so that they train as one with their batches together would. At least 1."""
     value = value.detach().float()
     if PartialState._shared_state:  # what accelerate sets up when a Trainer starts
