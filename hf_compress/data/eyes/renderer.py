@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import DataError
-from . import geometry, shading, traits
+from . import drawing, geometry, shading, traits
 from .geometry import Traits
 
 Style = Literal["a", "b"]
@@ -99,13 +99,11 @@ class EyeRenderer:
 
     def _render(self, seed: int, indices: np.ndarray, openness: np.ndarray | None, label: Any) -> dict[str, np.ndarray]:
         if self.style == "b":
-            from . import drawing
-
             return drawing.render(seed, indices, openness, label, self.image_size, self.shift)
         generators = traits.generators(seed, indices)
-        width = len(traits.IDENTITY)
-        uniform = np.stack([draw.random(width + len(traits.VIEW) + 1, dtype=np.float32) for draw in generators])
-        eyes = {**traits.identity(uniform[:, :width]), **traits.view(uniform[:, width:-1])}
+        width = len(traits.IDENTITY) + len(traits.VIEW)
+        uniform = np.stack([draw.random(width + 1, dtype=np.float32) for draw in generators])
+        eyes = traits.eyes(uniform[:, :-1])
         if openness is None:
             openness = label(uniform[:, -1]).astype(np.float32)
         return shaded(eyes, openness, generators, self.image_size)

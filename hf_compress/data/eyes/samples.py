@@ -41,7 +41,7 @@ class EyeSamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Several samples at once, as torch's DataLoader asks for them."""
         places = np.asarray([int(index) for index in indices], dtype=np.int64)
         wrong = (places < -len(self)) | (places >= len(self))
@@ -259,7 +259,7 @@ class MixedEyes(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    def __getitems__(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, torch.Tensor]]:
         places = [int(index) for index in indices]
         for place in places:
             if not -len(self) <= place < len(self):

@@ -135,7 +135,7 @@ def _eyeball(u: np.ndarray, v: np.ndarray, upper: np.ndarray, lower: np.ndarray,
     shift = 0.22 * _wide(
         np.sin(traits["yaw"])
     )  # the ball is rounder than the lids: its front moves when the head turns
-    dx = (u - _wide(traits["gaze_x"]) - shift) * (1 + 0.10 * _wide(np.abs(traits["gaze_x"])))
+    dx = (u - np.clip(_wide(traits["gaze_x"]) + shift, -0.5, 0.5)) * (1 + 0.10 * _wide(np.abs(traits["gaze_x"])))
     dy = v - _wide(traits["gaze_y"]) - 0.08
     radius = _wide(traits["iris_radius"])
     distance = np.sqrt(dx * dx + dy * dy)

@@ -92,7 +92,7 @@ IRISES = np.array(
 LIGHT_SKIN, DARK_SKIN = np.array([0.93, 0.78, 0.68], np.float32), np.array([0.30, 0.19, 0.14], np.float32)
 
 
-def generators(seed: int, indices: Sequence[int]) -> list[np.random.Generator]:
+def generators(seed: int, indices: Sequence[int] | np.ndarray) -> list[np.random.Generator]:
     """One independent generator per sample."""
     return [np.random.Generator(np.random.SFC64(np.random.SeedSequence((seed, int(i))))) for i in indices]
 
@@ -144,6 +144,17 @@ def view(uniform: np.ndarray) -> Traits:
     return traits
 
 
+def eyes(uniform: np.ndarray) -> Traits:
+    """A person and a picture per row.
+
+    Args:
+        uniform: [samples, len(IDENTITY) + len(VIEW)] in 0..1.
+    """
+    found = {**identity(uniform[:, : len(IDENTITY)]), **view(uniform[:, len(IDENTITY) :])}
+    found["gain"] = np.minimum(found["gain"], 1.1 / found["skin"].max(1))  # a camera does not let light skin burn out
+    return found
+
+
 def neutral_view(count: int) -> Traits:
     """A plain picture: straight, ahead, evenly lit, sharp, nothing in front of the eye."""
     middle = view(np.full((count, len(VIEW)), 0.5, np.float32))
@@ -168,6 +179,7 @@ __all__ = [
     "EXACTLY_OPEN",
     "IDENTITY",
     "VIEW",
+    "eyes",
     "generators",
     "identity",
     "neutral_view",
