@@ -1,0 +1,19 @@
+"""Eyes: rendered ones with exact labels, faces and videos of them, and adapters for folders that you own."""
+
+from .geometry import aperture_ratio, eye_aspect_ratio
+from .renderer import EyeRenderer
+from .samples import CLOSED_MAX, OPEN_MIN, UNLABELLED, EyeSamples, MixedEyes, SyntheticEyes, WeakEyes, eye_collator
+
+__all__ = [
+    "CLOSED_MAX",
+    "OPEN_MIN",
+    "UNLABELLED",
+    "EyeRenderer",
+    "EyeSamples",
+    "MixedEyes",
+    "SyntheticEyes",
+    "WeakEyes",
+    "aperture_ratio",
+    "eye_aspect_ratio",
+    "eye_collator",
+]
