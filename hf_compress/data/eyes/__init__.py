@@ -1,5 +1,6 @@
 """Eyes: rendered ones with exact labels, faces and videos of them, and adapters for folders that you own."""
 
+from .faces import Blink, Faces, blink_track, render_face_video, render_faces
 from .geometry import aperture_ratio, eye_aspect_ratio
 from .renderer import EyeRenderer
 from .samples import CLOSED_MAX, OPEN_MIN, UNLABELLED, EyeSamples, MixedEyes, SyntheticEyes, WeakEyes, eye_collator
@@ -8,12 +9,17 @@ __all__ = [
     "CLOSED_MAX",
     "OPEN_MIN",
     "UNLABELLED",
+    "Blink",
     "EyeRenderer",
     "EyeSamples",
+    "Faces",
     "MixedEyes",
     "SyntheticEyes",
     "WeakEyes",
     "aperture_ratio",
+    "blink_track",
     "eye_aspect_ratio",
     "eye_collator",
+    "render_face_video",
+    "render_faces",
 ]

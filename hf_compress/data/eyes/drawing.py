@@ -209,8 +209,8 @@ def _photographed(
         coarse = (max(2, round(width * 18 / 48)), max(2, round(height * 12 / 32)))
         small = small.resize(coarse, Image.Resampling.BOX).resize((width, height), Image.Resampling.BILINEAR)
     slope = 1 + eye["gradient"] * np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
-    pixels = np.asarray(small, np.float32) * (eye["gain"] * slope)
-    noise = eye["noise"] * draw.standard_normal(pixels.shape, dtype=np.float32)
+    pixels: np.ndarray = np.asarray(small, np.float32) * (eye["gain"] * slope)
+    noise: np.ndarray = eye["noise"] * draw.standard_normal(pixels.shape, dtype=np.float32)
     if is_hard or eye["grey_draw"] < 0.2:
         pixels = pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
         noise = noise[..., :1]

@@ -151,7 +151,7 @@ def eyes(uniform: np.ndarray) -> Traits:
         uniform: [samples, len(IDENTITY) + len(VIEW)] in 0..1.
     """
     found = {**identity(uniform[:, : len(IDENTITY)]), **view(uniform[:, len(IDENTITY) :])}
-    found["gain"] = np.minimum(found["gain"], 1.1 / found["skin"].max(1))  # a camera does not let light skin burn out
+    found["gain"] = np.minimum(found["gain"], 1.0 / found["skin"].max(1))  # a camera does not let light skin burn out
     return found
 
 
