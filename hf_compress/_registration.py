@@ -66,6 +66,13 @@ def _register_image_processors() -> None:
         AutoImageProcessor.register(_load(package, config_class), image_processor_classes=classes, exist_ok=True)
 
 
+def _register_pipelines() -> None:
+    if _is_complete(
+        _PIPELINE
+    ):  # it imports transformers.pipelines; where it came first, its own hook comes when it is done
+        _load(_PIPELINE, "register")()
+
+
 def _load(package: str, name: str) -> Any:
     return getattr(import_module(package), name)
 
@@ -77,10 +84,13 @@ _OWN_MODELING = (
     f"{__package__}.models.slimming",
     *(f"{package}.modeling_{package.rpartition('.')[2]}" for package, _, _ in AUTO_CLASSES.values()),
 )
+_PIPELINE = f"{__package__}.applications.eye_openness.pipeline"
 _HOOKS: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _register_quantizer,
     "transformers.models.auto.configuration_auto": _register_configurations,
     "transformers.models.auto.image_processing_auto": _register_image_processors,
+    "transformers.pipelines": _register_pipelines,
+    _PIPELINE: _register_pipelines,
     _MODELING: _register_models,
     _MODELING_LAYERS: _register_models,
     _MODELING_AUTO: _register_models,

@@ -69,6 +69,9 @@ class EventRules:
     overlap: float = 0.5
 
 
+RUNNING, USUAL_RULES = Normalisation(), EventRules()
+
+
 @dataclass(frozen=True)
 class EyeEvent:
     """One time that eyes closed.
@@ -129,7 +132,7 @@ def smooth(openness: np.ndarray, width: int = 3) -> np.ndarray:
     return found
 
 
-def levels(openness: np.ndarray, fps: float, how: Normalisation = Normalisation()) -> np.ndarray:
+def levels(openness: np.ndarray, fps: float, how: Normalisation = RUNNING) -> np.ndarray:
     """The open and the closed level of every frame, [frames, 2].
 
     Args:
@@ -163,15 +166,13 @@ def _believed(
     return (opened, closed) if opened - closed >= how.least_range else before
 
 
-def normalise(openness: np.ndarray, fps: float, how: Normalisation = Normalisation()) -> np.ndarray:
+def normalise(openness: np.ndarray, fps: float, how: Normalisation = RUNNING) -> np.ndarray:
     """Openness relative to the person, 0 to 1, NaN where there is none; see :class:`Normalisation`."""
     pairs = levels(openness, fps, how)
     return np.clip((_track(openness) - pairs[:, 1]) / (pairs[:, 0] - pairs[:, 1]), 0, 1)
 
 
-def find_events(
-    relative: np.ndarray, fps: float, eye: str = "both", rules: EventRules = EventRules()
-) -> list[EyeEvent]:
+def find_events(relative: np.ndarray, fps: float, eye: str = "both", rules: EventRules = USUAL_RULES) -> list[EyeEvent]:
     """Blinks and closures of one curve, by hysteresis.
 
     Args:
@@ -239,7 +240,7 @@ def merge_eyes(
     left: Sequence[EyeEvent],
     right: Sequence[EyeEvent],
     relative: np.ndarray | None = None,
-    rules: EventRules = EventRules(),
+    rules: EventRules = USUAL_RULES,
 ) -> list[EyeEvent]:
     """One list of events from those of both eyes, in order.
 
@@ -369,8 +370,8 @@ class EyeTracks:
 def analyse(
     openness: np.ndarray,
     fps: float,
-    how: Normalisation = Normalisation(),
-    rules: EventRules = EventRules(),
+    how: Normalisation = RUNNING,
+    rules: EventRules = USUAL_RULES,
     *,
     window: float = 60.0,
     exclude_blinks: bool = True,
@@ -399,8 +400,8 @@ def analyse(
     if is_single:
         events = find_events(relative[:, 0], rate, "both", rules)
     else:
-        pair = [find_events(relative[:, i], rate, eye, rules) for i, eye in enumerate(("left", "right"))]
-        events = merge_eyes(*pair, relative, rules)
+        left, right = (find_events(relative[:, i], rate, eye, rules) for i, eye in enumerate(("left", "right")))
+        events = merge_eyes(left, right, relative, rules)
     known = np.isfinite(relative)
     mean = np.where(known.any(1), np.where(known, relative, 0).sum(1) / np.maximum(known.sum(1), 1), np.nan)
     left_out = [event for event in events if event.eye == "both" or not event.is_wink] if exclude_blinks else []
@@ -474,6 +475,8 @@ def _rate(fps: float) -> float:
 
 __all__ = [
     "CLOSED_LEVEL",
+    "RUNNING",
+    "USUAL_RULES",
     "EventRules",
     "EyeEvent",
     "EyeTracks",
