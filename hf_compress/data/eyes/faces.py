@@ -97,6 +97,7 @@ def blink_track(
             f"incomplete_share={incomplete_share}, wink_share={wink_share}, baseline={baseline} and jitter={jitter} make no "
             "track; lengths are positive, shares in 0..1."
         )
+    traits.check_seed(seed)
     draw = np.random.default_rng(np.random.SeedSequence((seed, 2)))
     common = baseline + jitter * draw.standard_normal(frames)
     track = np.stack([common + 0.3 * jitter * draw.standard_normal(frames) for _ in range(2)], axis=1)
@@ -155,6 +156,7 @@ def render_faces(
         raise DataError(
             f"eye_distance={distance:g} does not fit {size}; give 12 pixels to a third of the smaller side."
         )
+    traits.check_seed(seed)
     draw = np.random.default_rng(np.random.SeedSequence((seed, 3)))
     person = traits.identity(draw.random((1, len(traits.IDENTITY)), dtype=np.float32))
     person["makeup"][:] = 0

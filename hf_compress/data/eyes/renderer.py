@@ -126,8 +126,7 @@ def shaded(
 
 
 def _chosen(seed: int, count: int | None, openness: Any, indices: Any) -> np.ndarray:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise DataError(f"seed={seed!r} is not possible; give an integer, 0 or more.")
+    traits.check_seed(seed)
     if indices is not None:
         indices = np.asarray(indices)
         if count is not None or indices.ndim != 1 or not len(indices) or indices.min() < 0:

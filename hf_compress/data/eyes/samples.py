@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ...errors import DataError
 from .renderer import EyeRenderer
-from .traits import EXACTLY_CLOSED, EXACTLY_OPEN, sample_openness
+from .traits import EXACTLY_CLOSED, EXACTLY_OPEN, check_seed, sample_openness
 
 UNLABELLED = -100
 CLOSED_MAX, OPEN_MIN = 0.12, 0.45  # what annotators are assumed to call closed and open
@@ -343,8 +343,7 @@ def to_pixel_values(images: np.ndarray) -> np.ndarray:
 def _check_length(length: int, seed: int) -> None:
     if length < 1:
         raise DataError(f"length={length} is not possible; give at least 1.")
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise DataError(f"seed={seed!r} is not possible; give an integer, 0 or more.")
+    check_seed(seed)
 
 
 __all__ = [

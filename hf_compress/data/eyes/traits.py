@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ...errors import DataError
 from .geometry import Traits
 
 # Of a person: ranges of uniform draws. Lengths are in half eye widths.
@@ -32,7 +33,7 @@ IDENTITY = {
     "skin_jitter_red": (0.92, 1.08),
     "skin_jitter_green": (0.92, 1.08),
     "skin_jitter_blue": (0.92, 1.08),
-    "sclera_jitter": (0.86, 1.04),
+    "sclera_jitter": (0.62, 1.03),
     "sclera_red": (0.0, 0.10),
     "lash_length": (0.03, 0.16),
     "lash_frequency": (18.0, 40.0),
@@ -50,7 +51,7 @@ IDENTITY = {
 # Of a picture.
 VIEW = {
     "rotation": (-0.25, 0.25),
-    "scale": (0.62, 0.92),
+    "scale": (0.55, 0.92),  # half the eye's width over half the picture's
     "stretch": (0.85, 1.12),
     "shift_x": (-0.12, 0.12),
     "shift_y": (-0.10, 0.10),
@@ -90,6 +91,12 @@ IRISES = np.array(
     [[0.16, 0.10, 0.07], [0.33, 0.20, 0.11], [0.44, 0.34, 0.18], [0.36, 0.44, 0.32], [0.36, 0.50, 0.62]], np.float32
 )
 LIGHT_SKIN, DARK_SKIN = np.array([0.93, 0.78, 0.68], np.float32), np.array([0.30, 0.19, 0.14], np.float32)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed, with a DataError."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise DataError(f"seed={seed!r} is not possible; give an integer, 0 or more.")
 
 
 def generators(seed: int, indices: Sequence[int] | np.ndarray) -> list[np.random.Generator]:
@@ -166,7 +173,7 @@ def neutral_view(count: int) -> Traits:
 
 def _scaled(ranges: dict[str, tuple[float, float]], uniform: np.ndarray) -> Traits:
     if uniform.shape[1] != len(ranges):
-        raise ValueError(f"{uniform.shape[1]} draws for {len(ranges)} traits")
+        raise DataError(f"{uniform.shape[1]} draws do not make {len(ranges)} traits; give one for each.")
     return {
         name: (low + (high - low) * uniform[:, column]).astype(np.float32)
         for column, (name, (low, high)) in enumerate(ranges.items())
@@ -179,6 +186,7 @@ __all__ = [
     "EXACTLY_OPEN",
     "IDENTITY",
     "VIEW",
+    "check_seed",
     "eyes",
     "generators",
     "identity",
