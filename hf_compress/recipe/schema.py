@@ -99,6 +99,32 @@ class ScenesSection(Section):
     max_hidden: float = 0.6
 
 
+class EyesSection(Section):
+    """Rendered eyes for eye openness; see :mod:`hf_compress.data.eyes`.
+
+    Attributes:
+        train: eyes with exact labels.
+        weak: eyes of the other style with the label open or closed alone; 0 for none.
+        folder: a folder of yours with ``open/`` and ``closed/``, in place of ``weak``.
+        validation: eyes in the style of ``train``, with exact labels.
+        test: eyes of the other style, with exact labels.
+        shift: ``mild``, or ``hard`` for a coarse, grey, noisy camera in the other style.
+        closed_share: of ``weak``.
+        seed: other eyes; does not follow the recipe's seed.
+        augment: whether training crops are moved, turned and changed as by other cameras.
+    """
+
+    train: Positive = 20_480
+    weak: Annotated[int, Field(ge=0)] = 6000
+    folder: str | None = None
+    validation: Positive = 1000
+    test: Positive = 2000
+    shift: Literal["mild", "hard"] = "mild"
+    closed_share: Share = 0.4
+    seed: Annotated[int, Field(ge=0)] = 0
+    augment: bool = True
+
+
 class DataSection(Section):
     """Which images to train and test on.
 
@@ -110,6 +136,7 @@ class DataSection(Section):
         objects_column: of detection: boxes and classes of each image; found when not given.
         box_format: of the boxes in that column: ``xywh`` as in COCO (left, top, width, height) or ``xyxy`` (corners).
         scenes: what ``name: scenes`` composes.
+        eyes: what ``name: rendered_eyes`` renders, for eye openness.
         train_split, validation_split, test_split: names of splits; found when not given.
         validation_share: share of the training images held out when the data set has no validation split.
         test_share: the same for the test split.
@@ -128,6 +155,7 @@ class DataSection(Section):
     objects_column: str | None = None
     box_format: Literal["xywh", "xyxy"] = "xywh"
     scenes: ScenesSection | None = None
+    eyes: EyesSection | None = None
     train_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
@@ -543,7 +571,7 @@ class Recipe(Section):
 
     Attributes:
         name: of the run; the default output is ``runs/<name>``.
-        task: what the model does: ``image-classification`` or ``object-detection``.
+        task: what the model does: ``image-classification``, ``object-detection`` or ``eye-openness``.
         description: a sentence or two for the model card.
         seed: of weights, data order and augmentation.
         output: folder of the result, relative to the working directory.
@@ -552,7 +580,7 @@ class Recipe(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    task: Literal["image-classification", "object-detection"] = "image-classification"
+    task: Literal["image-classification", "object-detection", "eye-openness"] = "image-classification"
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output: str | None = None
@@ -626,7 +654,9 @@ def _message(source: Source, detail: ErrorDetails) -> str:
     elif len(location) > 1:
         sections: dict[str, type[Section]] = {"model": ModelSection, "data": DataSection}
         owner = sections.get(str(location[0]))
-        owner = ScenesSection if location[:2] == ["data", "scenes"] and len(location) > 2 else owner
+        parts: dict[str, type[Section]] = {"scenes": ScenesSection, "eyes": EyesSection}
+        if location[0] == "data" and len(location) > 2:
+            owner = parts.get(str(location[1]), owner)
     kind = detail["type"]
     known = list(owner.model_fields) if owner else []
     if kind == "extra_forbidden":
@@ -697,6 +727,13 @@ def _training_problems(recipe: Recipe) -> list[str]:
 def _task_problems(recipe: Recipe) -> list[str]:
     """Fields that mean nothing for the recipe's task."""
     given, name = recipe.data.model_fields_set, recipe.data.name
+    if recipe.task == "eye-openness":
+        return _eye_problems(recipe)
+    if name == "rendered_eyes" or "eyes" in given:
+        field = "name" if name == "rendered_eyes" else "eyes"
+        return [
+            f"{recipe.where('data', field)}: rendered eyes are for the task eye-openness; the recipe's is {recipe.task}."
+        ]
     is_detection = recipe.task == "object-detection"
     other = "image-classification" if is_detection else "object-detection"
     reasons = (
@@ -716,6 +753,24 @@ def _task_problems(recipe: Recipe) -> list[str]:
         )
     elif is_detection and name != "scenes" and "scenes" in given:
         problems["scenes"] = "says what `name: scenes` composes, and other data are named. Leave one of the two out."
+    return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
+
+
+def _eye_problems(recipe: Recipe) -> list[str]:
+    """Fields that mean nothing for eye openness, whose data come from ``data.eyes`` alone."""
+    possible = {"name", "eyes", "split_seed", "train_limit", "validation_limit", "test_limit"}
+    problems = {
+        field: f"is not for eye-openness. Leave it out; `eyes` says what is rendered. Possible: {', '.join(sorted(possible))}."
+        for field in sorted(recipe.data.model_fields_set - possible)
+    }
+    if recipe.data.name != "rendered_eyes":
+        problems["name"] = (
+            f"{recipe.data.name!r} is not for eye-openness: eyes are rendered. Set `name: rendered_eyes`, and give open and "
+            "closed eyes of your own with `eyes: {folder: ...}`."
+        )
+    eyes = recipe.data.eyes
+    if eyes is not None and eyes.folder is not None and "weak" in eyes.model_fields_set:
+        problems["eyes"] = "has both `weak` and `folder`; the folder takes the place of the rendered weak labels."
     return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
 
 

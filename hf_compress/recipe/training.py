@@ -85,7 +85,11 @@ class QuietBar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None:
-            shown = {name: logs[name] for name in ("loss", "eval_accuracy", "eval_map", "sparsity") if name in logs}
+            shown = {
+                name: logs[name]
+                for name in ("loss", "eval_accuracy", "eval_map", "eval_mae", "sparsity")
+                if name in logs
+            }
             if "train_runtime" not in logs:
                 self.training_bar.set_postfix(shown)
 
@@ -129,7 +133,7 @@ def train(prepared: Prepared, index: int, model: Any, folder: Path) -> tuple[Any
             train_dataset=images,
             eval_dataset=prepared.split("validation"),
             data_collator=as_batch,
-            callbacks=[callback] if callback is not None else [],
+            callbacks=[*prepared.task.callbacks(model), *([callback] if callback is not None else [])],
             milestones=stage.lr_milestones,
             decay=stage.lr_decay,
             **prepared.task.evaluation(prepared.processor),
