@@ -22,7 +22,9 @@ def test_eyes_are_where_they_are_said_to_be():
         np.testing.assert_array_equal(shut.eye_centres, wide.eye_centres)
         offsets = shut.eye_centres[:, 1] - shut.eye_centres[:, 0]
         assert np.abs(np.linalg.norm(offsets, axis=1) - distance).max() <= 1  # patches sit on whole pixels
-        assert np.abs(offsets[:, 1]).max() > 3 and np.ptp(shut.eye_centres, axis=0).min() > 1  # the head sways and turns
+        assert (
+            np.abs(offsets[:, 1]).max() > 3 and np.ptp(shut.eye_centres, axis=0).min() > 1
+        )  # the head sways and turns
         change = np.abs(wide.frames.astype(float) - shut.frames).sum(3)
         rows, columns = np.mgrid[: change.shape[1], : change.shape[2]] + 0.5
         for frame, centres in zip(change, shut.eye_centres, strict=True):

@@ -14,6 +14,7 @@ from hf_compress.data.eyes import (
     SyntheticEyes,
     WeakEyes,
     aperture_ratio,
+    contact_sheet,
     drawing,
     eye_aspect_ratio,
     eye_collator,
@@ -196,6 +197,17 @@ def test_what_cannot_be_rendered_is_refused(arguments, words):
 def test_unknown_renderers_are_refused(arguments):
     with pytest.raises(DataError, match="not possible"):
         EyeRenderer(**arguments)
+
+
+def test_contact_sheets_hold_every_picture():
+    images = EyeRenderer().sequence(0, 2, 3)["images"]
+    sheet = np.asarray(contact_sheet(images, zoom=2, gap=1))
+    assert sheet.shape == (2 * 64 + 1, 3 * 96 + 2, 3)
+    np.testing.assert_array_equal(sheet[65::2, 97:193:2], images[1, 1])
+    flat = np.asarray(contact_sheet(images.reshape(-1, 32, 48, 3), columns=4, zoom=1))
+    assert flat.shape == (32 * 2 + 2, 48 * 4 + 6, 3) and (flat[34:, 100:] == 255).all()
+    with pytest.raises(DataError, match="uint8"):
+        contact_sheet(images.astype(float))
 
 
 # data sets
