@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_compress.data.eyes import EyeRenderer, blink_track, render_face_video, render_faces, shipped_faces
 from hf_compress.errors import DataError
-from hf_compress.models.eye_openness.image_processing_eye_openness import crop_eye
+from hf_compress.models.eye_openness.image_processing_eye_openness import EyeOpennessImageProcessor, crop_eye
 
 
 def test_eyes_are_where_they_are_said_to_be():
@@ -53,6 +53,8 @@ def test_crops_of_a_face_look_like_rendered_eyes():
         for mirror, centre in ((True, (x0, y0)), (False, (x1, y1)))
     ]
     assert np.abs(crops[0] - crops[1]).mean() < 6  # a mirrored right eye is a left eye; skin textures differ
+    pixels = EyeOpennessImageProcessor()(image, eyes=faces.eyes[0], return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(pixels.transpose(0, 2, 3, 1) * 255, np.stack(crops[::-1]), atol=1e-3)
     shut = render_faces(5, [(0.0, 0.0)], size=(480, 640), motion=0.0, noise=0.0)
     other = np.asarray(crop_eye(Image.fromarray(shut.frames[0]), (x1, y1), distance, angle), float)
     columns = np.flatnonzero(np.abs(other - crops[1]).sum(2).max(0) > 60)

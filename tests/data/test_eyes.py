@@ -163,6 +163,16 @@ def test_labels_hold_exact_ends():
     assert abs(middle.mean() - 0.5) < 0.01 and abs(middle.std() - 12**-0.5) < 0.01  # uniform
 
 
+def test_jpeg_leaves_the_eye_and_its_labels():
+    plain, pressed = EyeRenderer().render(1, 30), EyeRenderer(jpeg=(30, 95)).render(1, 30)
+    again = EyeRenderer(jpeg=(30, 95)).render(1, indices=[29])
+    np.testing.assert_array_equal(again["images"][0], pressed["images"][29])
+    for name in set(plain) - {"images"}:
+        np.testing.assert_array_equal(plain[name], pressed[name])
+    change = np.abs(plain["images"].astype(float) - pressed["images"]).mean((1, 2, 3))
+    assert (change > 0).all() and change.max() < 15
+
+
 def test_a_sequence_is_one_eye():
     found = EyeRenderer("b").sequence(2, 3, 15)
     assert found["images"].shape == (3, 15, 32, 48, 3)
@@ -193,7 +203,9 @@ def test_what_cannot_be_rendered_is_refused(arguments, words):
         EyeRenderer().render(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"style": "c"}, {"style": "a", "shift": "hard"}, {"image_size": (4, 48)}])
+@pytest.mark.parametrize(
+    "arguments", [{"style": "c"}, {"style": "a", "shift": "hard"}, {"image_size": (4, 48)}, {"jpeg": (0, 50)}]
+)
 def test_unknown_renderers_are_refused(arguments):
     with pytest.raises(DataError, match="not possible"):
         EyeRenderer(**arguments)

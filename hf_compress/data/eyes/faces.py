@@ -61,6 +61,11 @@ class Faces:
     def __len__(self) -> int:
         return len(self.frames)
 
+    @property
+    def eyes(self) -> np.ndarray:
+        """The centres as ``EyeOpennessImageProcessor`` takes them, [frames, 1 face, 2, 2]: the person's left eye first."""
+        return self.eye_centres[:, None, ::-1]
+
 
 def blink_track(
     seed: int = 0,
