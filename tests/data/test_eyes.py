@@ -173,6 +173,16 @@ def test_jpeg_leaves_the_eye_and_its_labels():
     assert (change > 0).all() and change.max() < 15
 
 
+def test_misplacement_moves_the_eye_and_nothing_else():
+    def middle(found):
+        return found["landmarks"][:, [0, 3]].mean(1) - (24, 16)
+
+    plain, moved = EyeRenderer().render(1, 200), EyeRenderer(misplacement=2.0).render(1, 200)
+    np.testing.assert_allclose(middle(moved), 2 * middle(plain), atol=1e-4)
+    assert np.abs(middle(plain)).max() < 0.16 * 24  # the two shifts, turned together
+    np.testing.assert_allclose(moved["aperture_ratio"], plain["aperture_ratio"], atol=1e-6)
+
+
 def test_a_sequence_is_one_eye():
     found = EyeRenderer("b").sequence(2, 3, 15)
     assert found["images"].shape == (3, 15, 32, 48, 3)
@@ -204,7 +214,8 @@ def test_what_cannot_be_rendered_is_refused(arguments, words):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"style": "c"}, {"style": "a", "shift": "hard"}, {"image_size": (4, 48)}, {"jpeg": (0, 50)}]
+    "arguments",
+    [{"style": "c"}, {"style": "a", "shift": "hard"}, {"image_size": (4, 48)}, {"jpeg": (0, 50)}, {"misplacement": -1}],
 )
 def test_unknown_renderers_are_refused(arguments):
     with pytest.raises(DataError, match="not possible"):

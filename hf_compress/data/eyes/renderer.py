@@ -30,6 +30,8 @@ class EyeRenderer:
         style: "a" or "b".
         shift: of style "b". "hard" adds a coarse, grey, noisy camera that sits askew.
         image_size: height and width in pixels.
+        misplacement: of style "a": how far the middle of the eye is from that of the picture. 1 is up to a tenth of the
+            picture's half width, as careful marks give; eye detectors miss by more.
         jpeg: lowest and highest quality, 1 to 95, of the JPEG that every picture goes through; none when not given.
 
     Raises:
@@ -41,6 +43,8 @@ class EyeRenderer:
         style: Style = "a",
         shift: Shift = "mild",
         image_size: tuple[int, int] = (32, 48),
+        *,
+        misplacement: float = 1.0,
         jpeg: tuple[int, int] | None = None,
     ):
         if style not in ("a", "b") or shift not in ("mild", "hard") or (style == "a" and shift != "mild"):
@@ -54,7 +58,9 @@ class EyeRenderer:
         self.style: Style = style
         self.shift: Shift = shift
         self.image_size = (int(image_size[0]), int(image_size[1]))
-        self.jpeg = jpeg
+        if not 0 <= misplacement <= 4:
+            raise DataError(f"misplacement={misplacement} is not possible; give 0 to 4.")
+        self.misplacement, self.jpeg = misplacement, jpeg
 
     def render(
         self,
@@ -119,6 +125,8 @@ class EyeRenderer:
         width = len(traits.IDENTITY) + len(traits.VIEW)
         uniform = np.stack([draw.random(width + 1, dtype=np.float32) for draw in generators])
         eyes = traits.eyes(uniform[:, :-1])
+        for name in ("shift_x", "shift_y"):
+            eyes[name] = eyes[name] * np.float32(self.misplacement)
         if openness is None:
             openness = label(uniform[:, -1]).astype(np.float32)
         return shaded(eyes, openness, generators, self.image_size)
