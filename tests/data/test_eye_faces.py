@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_compress.data.eyes import EyeRenderer, blink_track, render_face_video, render_faces, shipped_faces
 from hf_compress.errors import DataError
-from hf_compress.models.eye_openness.image_processing_eye_openness import crop_eye
+from hf_compress.models.eye_openness.image_processing_eye_openness import EyeOpennessImageProcessor, crop_eye
 
 
 def test_eyes_are_where_they_are_said_to_be():
@@ -22,7 +22,9 @@ def test_eyes_are_where_they_are_said_to_be():
         np.testing.assert_array_equal(shut.eye_centres, wide.eye_centres)
         offsets = shut.eye_centres[:, 1] - shut.eye_centres[:, 0]
         assert np.abs(np.linalg.norm(offsets, axis=1) - distance).max() <= 1  # patches sit on whole pixels
-        assert np.abs(offsets[:, 1]).max() > 3 and np.ptp(shut.eye_centres, axis=0).min() > 1  # the head sways and turns
+        assert (
+            np.abs(offsets[:, 1]).max() > 3 and np.ptp(shut.eye_centres, axis=0).min() > 1
+        )  # the head sways and turns
         change = np.abs(wide.frames.astype(float) - shut.frames).sum(3)
         rows, columns = np.mgrid[: change.shape[1], : change.shape[2]] + 0.5
         for frame, centres in zip(change, shut.eye_centres, strict=True):
@@ -51,6 +53,8 @@ def test_crops_of_a_face_look_like_rendered_eyes():
         for mirror, centre in ((True, (x0, y0)), (False, (x1, y1)))
     ]
     assert np.abs(crops[0] - crops[1]).mean() < 6  # a mirrored right eye is a left eye; skin textures differ
+    pixels = EyeOpennessImageProcessor()(image, eyes=faces.eyes[0], return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(pixels.transpose(0, 2, 3, 1) * 255, np.stack(crops[::-1]), atol=1e-3)
     shut = render_faces(5, [(0.0, 0.0)], size=(480, 640), motion=0.0, noise=0.0)
     other = np.asarray(crop_eye(Image.fromarray(shut.frames[0]), (x1, y1), distance, angle), float)
     columns = np.flatnonzero(np.abs(other - crops[1]).sum(2).max(0) > 60)

@@ -14,6 +14,7 @@ from hf_compress.data.eyes import (
     SyntheticEyes,
     WeakEyes,
     aperture_ratio,
+    contact_sheet,
     drawing,
     eye_aspect_ratio,
     eye_collator,
@@ -162,6 +163,26 @@ def test_labels_hold_exact_ends():
     assert abs(middle.mean() - 0.5) < 0.01 and abs(middle.std() - 12**-0.5) < 0.01  # uniform
 
 
+def test_jpeg_leaves_the_eye_and_its_labels():
+    plain, pressed = EyeRenderer().render(1, 30), EyeRenderer(jpeg=(30, 95)).render(1, 30)
+    again = EyeRenderer(jpeg=(30, 95)).render(1, indices=[29])
+    np.testing.assert_array_equal(again["images"][0], pressed["images"][29])
+    for name in set(plain) - {"images"}:
+        np.testing.assert_array_equal(plain[name], pressed[name])
+    change = np.abs(plain["images"].astype(float) - pressed["images"]).mean((1, 2, 3))
+    assert (change > 0).all() and change.max() < 15
+
+
+def test_misplacement_moves_the_eye_and_nothing_else():
+    def middle(found):
+        return found["landmarks"][:, [0, 3]].mean(1) - (24, 16)
+
+    plain, moved = EyeRenderer().render(1, 200), EyeRenderer(misplacement=2.0).render(1, 200)
+    np.testing.assert_allclose(middle(moved), 2 * middle(plain), atol=1e-4)
+    assert np.abs(middle(plain)).max() < 0.16 * 24  # the two shifts, turned together
+    np.testing.assert_allclose(moved["aperture_ratio"], plain["aperture_ratio"], atol=1e-6)
+
+
 def test_a_sequence_is_one_eye():
     found = EyeRenderer("b").sequence(2, 3, 15)
     assert found["images"].shape == (3, 15, 32, 48, 3)
@@ -192,10 +213,24 @@ def test_what_cannot_be_rendered_is_refused(arguments, words):
         EyeRenderer().render(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"style": "c"}, {"style": "a", "shift": "hard"}, {"image_size": (4, 48)}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"style": "c"}, {"style": "a", "shift": "hard"}, {"image_size": (4, 48)}, {"jpeg": (0, 50)}, {"misplacement": -1}],
+)
 def test_unknown_renderers_are_refused(arguments):
     with pytest.raises(DataError, match="not possible"):
         EyeRenderer(**arguments)
+
+
+def test_contact_sheets_hold_every_picture():
+    images = EyeRenderer().sequence(0, 2, 3)["images"]
+    sheet = np.asarray(contact_sheet(images, zoom=2, gap=1))
+    assert sheet.shape == (2 * 64 + 1, 3 * 96 + 2, 3)
+    np.testing.assert_array_equal(sheet[65::2, 97:193:2], images[1, 1])
+    flat = np.asarray(contact_sheet(images.reshape(-1, 32, 48, 3), columns=4, zoom=1))
+    assert flat.shape == (32 * 2 + 2, 48 * 4 + 6, 3) and (flat[34:, 100:] == 255).all()
+    with pytest.raises(DataError, match="uint8"):
+        contact_sheet(images.astype(float))
 
 
 # data sets

@@ -14,6 +14,7 @@ from .folders import (
 from .geometry import aperture_ratio, eye_aspect_ratio
 from .renderer import EyeRenderer
 from .samples import CLOSED_MAX, OPEN_MIN, UNLABELLED, EyeSamples, MixedEyes, SyntheticEyes, WeakEyes, eye_collator
+from .sheets import contact_sheet
 
 __all__ = [
     "CLOSED_MAX",
@@ -31,6 +32,7 @@ __all__ = [
     "aperture_ratio",
     "blink_track",
     "cew",
+    "contact_sheet",
     "eye_aspect_ratio",
     "eye_collator",
     "face_synthetics",

@@ -61,6 +61,11 @@ class Faces:
     def __len__(self) -> int:
         return len(self.frames)
 
+    @property
+    def eyes(self) -> np.ndarray:
+        """The centres as ``EyeOpennessImageProcessor`` takes them, [frames, 1 face, 2, 2]: the person's left eye first."""
+        return self.eye_centres[:, None, ::-1]
+
 
 def blink_track(
     seed: int = 0,
@@ -203,8 +208,8 @@ class _Face:
         self.person, self.distance = person, distance
         self.skin = np.clip(person["skin"][0], 0, 1)
         self.hair = person["hair"][0]
-        self.width, self.height = distance * draw.uniform(1.15, 1.3), distance * draw.uniform(1.55, 1.8)
-        self.brow_lift, self.mouth = draw.uniform(-0.03, 0.05), draw.uniform(0.35, 0.55)
+        self.width, self.height = distance * draw.uniform(1.15, 1.3), distance * draw.uniform(1.4, 1.6)
+        self.brow_lift, self.mouth = draw.uniform(-0.03, 0.05), draw.uniform(0.32, 0.46)
         self.seeds = draw.integers(2**31, size=2)
         side = max(12, round(_PATCH * distance))
         self.patch_size = (max(8, round(side * 2 / 3)), side)
@@ -281,19 +286,19 @@ class _Face:
         canvas = Image.new("RGB", size, tone(1.0))
         pen = ImageDraw.Draw(canvas)
         hair = tone(1.0, self.hair)
-        outline = box(0, 0.45, self.width / d, self.height / d)
+        outline = box(0, 0.30, self.width / d, self.height / d)
         x0, y0, x1, _ = outline
         pen.ellipse((x0 - d, y0 - 1.6 * d, x1 + d, y0 + 0.42 * d), hair)
         pen.line(
-            [(reach - 0.10 * d, reach + 0.1 * d), (reach - 0.17 * d, reach + 0.62 * d)],
+            [(reach - 0.10 * d, reach + 0.1 * d), (reach - 0.17 * d, reach + 0.50 * d)],
             tone(0.86),
             max(1, round(0.05 * d)),
         )
-        pen.arc(box(0, 0.62, 0.17, 0.09), 0, 180, tone(0.62), max(1, round(0.045 * d)))
+        pen.arc(box(0, 0.50, 0.17, 0.08), 0, 180, tone(0.62), max(1, round(0.045 * d)))
         red, green, blue = tone(0.8)
-        pen.chord(box(0, 1.12, self.mouth, 0.13), 0, 180, (red, int(0.62 * green), int(0.62 * blue)))
+        pen.chord(box(0, 0.92, self.mouth, 0.13), 0, 180, (red, int(0.62 * green), int(0.62 * blue)))
         pen.line(
-            [(reach - self.mouth * d, reach + 1.12 * d), (reach + self.mouth * d, reach + 1.12 * d)],
+            [(reach - self.mouth * d, reach + 0.92 * d), (reach + self.mouth * d, reach + 0.92 * d)],
             tone(0.4),
             max(1, round(0.03 * d)),
         )
@@ -306,7 +311,7 @@ class _Face:
             lift = -0.36 - self.brow_lift
             arch = [(0.20, lift + 0.03), (0.45, lift - 0.05), (0.70, lift - 0.03), (0.84, lift + 0.06)]
             points = [(reach + x * a * d, reach + b * d) for a, b in arch]
-            pen.line(points, hair, max(1, round(0.075 * d)), joint="curve")
+            pen.line(points, hair, max(1, round(0.06 * d)), joint="curve")
         mask = Image.new("L", size, 0)
         ImageDraw.Draw(mask).ellipse(outline, 255)
         return canvas, mask.filter(ImageFilter.GaussianBlur(0.02 * d))

@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ...errors import DataError
-from ...models.eye_openness.image_processing_eye_openness import crop_eye
 from .geometry import eye_aspect_ratio
 from .samples import UNLABELLED, EyeSamples, to_pixel_values
 
@@ -64,6 +63,9 @@ class EyePicture:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises for damage
             raise DataError(f"{self.path} cannot be read as a picture ({error}).") from error
         if self.eyes is not None:
+            # here, so that data alone does not load transformers
+            from ...models.eye_openness.image_processing_eye_openness import crop_eye
+
             (x0, y0), (x1, y1) = self.eyes
             distance, angle = math.hypot(x1 - x0, y1 - y0), math.atan2(y1 - y0, x1 - x0)
             centre = self.eyes[0] if self.mirror else self.eyes[1]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from ...errors import DataError
 from . import drawing, geometry, shading, traits
@@ -28,21 +30,37 @@ class EyeRenderer:
         style: "a" or "b".
         shift: of style "b". "hard" adds a coarse, grey, noisy camera that sits askew.
         image_size: height and width in pixels.
+        misplacement: of style "a": how far the middle of the eye is from that of the picture. 1 is up to a tenth of the
+            picture's half width, as careful marks give; eye detectors miss by more.
+        jpeg: lowest and highest quality, 1 to 95, of the JPEG that every picture goes through; none when not given.
 
     Raises:
-        DataError: for another style, shift or an image size below 8.
+        DataError: for another style or shift, an image size below 8, or such a quality.
     """
 
-    def __init__(self, style: Style = "a", shift: Shift = "mild", image_size: tuple[int, int] = (32, 48)):
+    def __init__(
+        self,
+        style: Style = "a",
+        shift: Shift = "mild",
+        image_size: tuple[int, int] = (32, 48),
+        *,
+        misplacement: float = 1.0,
+        jpeg: tuple[int, int] | None = None,
+    ):
         if style not in ("a", "b") or shift not in ("mild", "hard") or (style == "a" and shift != "mild"):
             raise DataError(
                 f"style={style!r} with shift={shift!r} is not possible; give 'a', or 'b' with mild or hard."
             )
         if len(image_size) != 2 or min(image_size) < 8 or max(image_size) > 2048:
             raise DataError(f"image_size={image_size} is not possible; give height and width, from 8 to 2048.")
+        if jpeg is not None and not (len(jpeg) == 2 and 1 <= jpeg[0] <= jpeg[1] <= 95):
+            raise DataError(f"jpeg={jpeg} is not possible; give the lowest and the highest quality, from 1 to 95.")
         self.style: Style = style
         self.shift: Shift = shift
         self.image_size = (int(image_size[0]), int(image_size[1]))
+        if not 0 <= misplacement <= 4:
+            raise DataError(f"misplacement={misplacement} is not possible; give 0 to 4.")
+        self.misplacement, self.jpeg = misplacement, jpeg
 
     def render(
         self,
@@ -78,7 +96,10 @@ class EyeRenderer:
         for start in range(0, len(indices), _BATCH):
             place = slice(start, start + _BATCH)
             parts.append(self._render(seed, indices[place], None if given is None else given[place], label))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if self.jpeg is not None:
+            found["images"] = _through_jpeg(found["images"], seed, indices, self.jpeg)
+        return found
 
     def sequence(self, seed: int = 0, count: int = 1, steps: int = 15) -> dict[str, np.ndarray]:
         """Eyes that open in even steps while all else stands still, the noise too.
@@ -104,6 +125,8 @@ class EyeRenderer:
         width = len(traits.IDENTITY) + len(traits.VIEW)
         uniform = np.stack([draw.random(width + 1, dtype=np.float32) for draw in generators])
         eyes = traits.eyes(uniform[:, :-1])
+        for name in ("shift_x", "shift_y"):
+            eyes[name] = eyes[name] * np.float32(self.misplacement)
         if openness is None:
             openness = label(uniform[:, -1]).astype(np.float32)
         return shaded(eyes, openness, generators, self.image_size)
@@ -123,6 +146,18 @@ def shaded(
         "landmarks": points,
         **{name: eyes[name] for name in _REPORTED},
     }
+
+
+def _through_jpeg(images: np.ndarray, seed: int, indices: np.ndarray, quality: tuple[int, int]) -> np.ndarray:
+    """What JPEG leaves of the pictures, at a quality drawn for each."""
+    read = np.empty_like(images)
+    for place, index in enumerate(indices.tolist()):
+        draw = np.random.default_rng(np.random.SeedSequence((seed, index, 4)))  # apart from the renderers' draws
+        file = BytesIO()
+        Image.fromarray(images[place]).save(file, "JPEG", quality=int(draw.integers(quality[0], quality[1] + 1)))
+        with Image.open(file) as image:
+            read[place] = np.asarray(image)
+    return read
 
 
 def _chosen(seed: int, count: int | None, openness: Any, indices: Any) -> np.ndarray:
