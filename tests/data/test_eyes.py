@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -155,6 +156,14 @@ def test_pictures_are_neither_black_nor_white_nor_empty():
     images = EyeRenderer().render(7, 2000)["images"].reshape(2000, -1)
     assert images.mean(1).min() >= 10 and images.mean(1).max() <= 240
     assert (images.std(1) > 0).all()
+
+
+def test_one_core_renders_many():
+    """A loose floor for slow machines, in processor time; benchmarks/eye_renderer.py measures about 2,900 a second."""
+    EyeRenderer().render(0, 64)
+    start = time.process_time()
+    EyeRenderer().render(1, 512)
+    assert 512 / (time.process_time() - start) >= 400
 
 
 def test_labels_hold_exact_ends():
