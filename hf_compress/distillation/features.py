@@ -188,6 +188,7 @@ class _Pixels:
         return self.tokens[:, self.tokens.shape[1] - self.grid[0] * self.grid[1] :]
 
     def resized(self, size: tuple[int, int], resizing: str) -> Tensor:
+        assert self.grid is not None
         if self.grid == size:
             return self.on_grid
         maps = as_wide(self.on_grid).mT.unflatten(2, self.grid)

@@ -164,7 +164,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
         return self._held[0]
 
     @property
-    def config(self) -> Any:  # type: ignore[override]
+    def config(self) -> Any:
         """The student's, which quantization replaces when it begins and ends."""
         return self.student.config if "student" in self._modules else self._first_config
 
@@ -230,7 +230,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
         Under the parameter names that the model itself has, from which an interrupted training resumes.
         """
         with own_names_in_checkpoints(self.student):
-            return self.student.save_pretrained(*args, **kwargs)  # type: ignore[operator]
+            return self.student.save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -240,7 +240,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
         )
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> Any:
-        return self.student.tie_weights(*args, **kwargs)  # type: ignore[operator]
+        return self.student.tie_weights(*args, **kwargs)
 
     # -- for callbacks and pictures -----------------------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
             outputs = {}
             for whose, model in (("student", self.student), ("teacher", self._teacher_on(image))):
                 try:
-                    outputs[whose] = run_model(model, {"pixel_values": image.to(model.dtype)})  # type: ignore[arg-type]
+                    outputs[whose] = run_model(model, {"pixel_values": image.to(model.dtype)})
                 except Exception as error:
                     raise ModelError(
                         f"the {whose} {type(model).__name__} cannot take an image of {size[0]}x{size[1]} "
@@ -462,7 +462,7 @@ def _loaded_teacher(teacher: Any, dtype: torch.dtype | str | None) -> Any:
         raise ModelError(
             f"the teacher is a {type(teacher).__name__}; it must be a model of transformers, or its folder."
         )
-    return teacher.to(dtype).requires_grad_(False).eval()  # type: ignore[arg-type]
+    return teacher.to(dtype).requires_grad_(False).eval()
 
 
 def _check_classes(student: Any, teacher: Any) -> None:
@@ -490,10 +490,10 @@ def first_tensor(inputs: Any) -> Tensor:
 def _states(model: Any, whose: str, image: Tensor) -> list[Any]:
     """All hidden states."""
     image = image.to(model.dtype)
-    states = getattr(model(image, output_hidden_states=True), "hidden_states", None)
-    if states is None or len(states) < 2:
+    states = list(getattr(model(image, output_hidden_states=True), "hidden_states", None) or ())
+    if len(states) < 2:
         run(model, [1], whose, image)  # raises, and says which modules there are instead
-    return list(states)  # type: ignore[arg-type]
+    return states
 
 
 def _name(student: Feature, teacher: Feature) -> str:

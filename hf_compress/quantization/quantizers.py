@@ -33,7 +33,9 @@ SMALLEST_ALPHA = 1e-3
 FIRST_ALPHA = {1: 1.2221, 2: 0.6511, 3: 0.3534, 4: 0.1946, 5: 0.1055, 6: 0.0573, 7: 0.0309, 8: 0.0165}
 
 _TINY = torch.finfo(torch.float32).tiny
-_LEAST_LEARNED = 1e-3  # a learned scale below it (in its unit) has every weight at the largest code; nearer 0 it would vanish
+_LEAST_LEARNED = (
+    1e-3  # a learned scale below it (in its unit) has every weight at the largest code; nearer 0 it would vanish
+)
 _HALFWAY = 2.0**-23  # the least relative change of a float32 that moves every k + 1/2 off itself
 
 
