@@ -167,7 +167,9 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
                 "batches= with a few hundred images, or use activation_scheme='dynamic'."
             ) from None
         for start in range(0, count, _CALIBRATION_BATCH):
-            items = [dataset[i] for i in range(start, min(count, start + _CALIBRATION_BATCH))]  # type: ignore[index]
+            numbers = range(start, min(count, start + _CALIBRATION_BATCH))
+            whole = getattr(dataset, "__getitems__", None)  # what a DataLoader prefers too
+            items = whole([*numbers]) if whole is not None else [dataset[i] for i in numbers]  # type: ignore[index]
             yield dataloader.collate_fn(items)
 
 
