@@ -16,6 +16,8 @@ _HOMES = {
     "AxisGraph": "axes",
     "Plan": "surgery",
     "DimensionSearchCallback": "methods",
+    "DistillationCallback": "methods",
+    "FeatureAffinityDistillation": "methods",
     "EyeRenderer": "data.eyes",
     "HfCompressConfig": "hub",
     "HfCompressError": "errors",

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback
 
 from .axis_callback import AxisCallback
+from .feature_affinity import DistillationCallback
 from .trained_rank_pruning import TrainedRankPruningCallback
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _sorted(handler: CallbackHandler) -> list[TrainerCallback]:
     def rank(callback: TrainerCallback) -> int:
         if isinstance(callback, DefaultFlowCallback):
             return 0
-        if isinstance(callback, (AxisCallback, TrainedRankPruningCallback)):
+        if isinstance(callback, (AxisCallback, TrainedRankPruningCallback, DistillationCallback)):
             return 1
         if isinstance(callback, _Order):
             return 2 if callback.is_first else 4
