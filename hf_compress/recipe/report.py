@@ -242,7 +242,7 @@ def write_readme(
             dataset_split=recipe.data.test_split or "test",
             dataset_is_on_hub=is_on_hub,
             description=recipe.description,
-            architecture=type(prepared.model).__name__.removesuffix(prepared.task.auto),
+            architecture=type(prepared.model).__name__.removesuffix(prepared.task.auto or "ForRegression"),
             stages=[other.stage for other in recipe.stages if other.stage in MODEL_STAGES],
             base_model=base if base is not None and local_folder(recipe, base) is None else None,
             reload_max_abs_diff=metrics["reload_max_abs_diff"],
