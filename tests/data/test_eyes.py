@@ -159,7 +159,7 @@ def test_pictures_are_neither_black_nor_white_nor_empty():
 
 
 def test_one_core_renders_many():
-    """A loose floor for slow machines, in processor time; benchmarks/eye_renderer.py measures about 2,900 a second."""
+    """A loose floor for slow machines, in processor time; benchmarks/eye_renderer.py measures about 3,100 a second."""
     EyeRenderer().render(0, 64)
     start = time.process_time()
     EyeRenderer().render(1, 512)
