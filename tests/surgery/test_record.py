@@ -66,7 +66,7 @@ def in_factors() -> tuple[transformers.PretrainedConfig, type, dict[str, Any]]:
     record = record_of(model).to_json()
     assert record["version"] == 3 and record["shapes"] and record["attributes"]
     assert record["factorized"] == {path: {"scheme": how[0], "rank": how[1]} for path, how in ranks.items()}
-    assert record["shapes"][f"{SPATIAL}.second.weight"][1] == 3  # the rank is an axis, which was pruned
+    assert sizes(record, f"{SPATIAL}.second.weight")[1] == 3  # the rank is an axis, which was pruned
     return config, type(model), record
 
 
@@ -80,6 +80,10 @@ FIRST_LIST, SECOND_LIST = "swin.encoder.layers.0.blocks", "swin.encoder.layers.1
 def skeleton(config: transformers.PretrainedConfig, kind: type) -> nn.Module:
     with torch.device("meta"):
         return kind(config)
+
+
+def sizes(record: dict[str, Any], name: str) -> list[int | None]:
+    return [None if size == "-" else int(size) for size in record["shapes"][name].split("x")]
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -204,23 +208,44 @@ def test_larger_than_dense_is_refused(honest: Any) -> None:
     for name in record["shapes"]:
         if name in dense:
             changed = copy.deepcopy(record)
-            changed["shapes"][name] = [dense[name][0] + 1, *dense[name][1:]]
+            changed["shapes"][name] = "x".join(map(str, [dense[name][0] + 1, *dense[name][1:]]))
             assert "more than" in try_record(config, kind, changed)
 
 
 def test_shapes_that_say_nothing_are_refused(honest: Any) -> None:
     config, kind, record = honest
     record = copy.deepcopy(record)
-    name, shape = next(iter(record["shapes"].items()))
-    record["shapes"][name] = [None] * len(shape)
-    assert "no dimension that differs" in try_record(config, kind, record)
+    name = next(iter(record["shapes"]))
+    whole = len(sizes(record, name))
+    for says_nothing in ("x".join("-" * whole), [None] * whole):
+        record["shapes"][name] = says_nothing
+        assert "no dimension that differs" in try_record(config, kind, record)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0x-", "08x-", "-8x-", "8x", "x8", "8xx-", "8X-", " 8x-", "8x-\n", "8.0x-", "1e2x-", "٨x-", "8*-", "8x--", "+8x-"]
+    + ["x".join("8" * 17), "8" * 19 + "x-", "8" * 10**6, "8x-" * 10**5],
+    ids=lambda text: repr(text)[:12],
+)
+def test_shapes_that_are_not_written_as_sizes_are_refused(honest: Any, text: str) -> None:
+    config, kind, record = honest
+    record = copy.deepcopy(record)
+    record["shapes"][_first(record["shapes"])] = text
+    assert "sizes with x between them" in try_record(config, kind, record)
+
+
+def test_shapes_in_lists_are_read_too(honest: Any) -> None:
+    record = honest[2]
+    in_lists = {**record, "shapes": {name: sizes(record, name) for name in record["shapes"]}}
+    assert Record.from_json(in_lists) == Record.from_json(record)
 
 
 def test_tensors_of_one_layer_must_agree(honest: Any) -> None:
     config, kind, record = honest
     name = next(n for n in record["shapes"] if n.endswith(".bias") and n[:-4] + "weight" in record["shapes"])
     record = copy.deepcopy(record)
-    record["shapes"][name] = [max(1, record["shapes"][name][0] - 1)]
+    record["shapes"][name] = str(max(1, sizes(record, name)[0] - 1))
     assert "does not agree" in try_record(config, kind, record)
 
 
@@ -427,7 +452,7 @@ def _mutate(record: dict[str, Any], draw: random.Random) -> None:
         if isinstance(holder[key], (dict, list)) and draw.random() < 0.8:
             holder = holder[key]
             continue
-        value = draw.choice([*BAD_VALUES, 1, 3, [1, 2, 3], {"weight": 1}, "classifier"])
+        value = draw.choice([*BAD_VALUES, 1, 3, [1, 2, 3], {"weight": 1}, "classifier", "3x-", "1"])
         if isinstance(holder, dict) and draw.random() < 0.3:
             holder[draw.choice(["../x", "weight", "forward", key * 2, key.upper()])] = holder.pop(key)
         else:
