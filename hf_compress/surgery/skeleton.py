@@ -677,7 +677,7 @@ def _apply_sizes(model: nn.Module, record: Record) -> None:
                 resized_tensor = tensor[tuple(map(slice, shape))].clone()
             replace_tensor(modules, names, resized_tensor)
     for path in record.biases:
-        weight = modules[path].weight
+        weight: Tensor = modules[path].weight  # type: ignore[assignment]
         bias = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
         modules[path].bias = nn.Parameter(bias)
     for module, name, value in settings:
