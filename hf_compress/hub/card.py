@@ -48,6 +48,14 @@ _TASKS = {
         },
         "any logit or box",
     ),
+    "image-segmentation": _Task(
+        "Semantic Segmentation",
+        "image segmenter",
+        "AutoModelForSemanticSegmentation",
+        "segment",
+        {"mean_iou": ("mean_iou", "mIoU"), "pixel_accuracy": ("accuracy", "Pixel accuracy")},
+        "any logit",
+    ),
 }
 _FIGURES = (  # key in metrics.json, row of the table, whether the value takes k, M, G, unit
     ("params", "Parameters", True, ""),
@@ -66,12 +74,12 @@ class CardContent:
 
     Attributes:
         title: heading, and the model's name in the metadata.
-        dense, compressed: measured values by the keys of metrics.json: ``accuracy``, or ``map`` and ``map_50`` (shares, 0 to
-            1), ``params``, ``macs``, ``bytes``, ``latency_ms``, ``onnx_latency_ms``.
+        dense, compressed: measured values by the keys of metrics.json: ``accuracy``, or ``map`` and ``map_50``, or
+            ``mean_iou`` and ``pixel_accuracy`` (shares, 0 to 1), ``params``, ``macs``, ``bytes``, ``latency_ms``, ``onnx_latency_ms``.
         dataset_name: for readers.
         dataset_id: the Hub's id, or the name of a data set that is elsewhere.
         dataset_split: on which these were measured.
-        task: ``image-classification`` or ``object-detection``.
+        task: ``image-classification``, ``object-detection`` or ``image-segmentation``.
         dataset_is_on_hub: whether ``dataset_id`` may be linked from the metadata.
         description: a sentence or two about this model.
         architecture: class or family of the model.

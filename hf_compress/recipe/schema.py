@@ -74,7 +74,8 @@ class ModelSection(Section):
 
 
 class ScenesSection(Section):
-    """Scenes composed from real images, for detection without a download; see :class:`hf_compress.data.Scenes`.
+    """Scenes composed from real images, for detection and segmentation without a download; see
+    :class:`hf_compress.data.Scenes`.
 
     Attributes:
         source: where the items come from: ``digits``, or an image classification data set (a folder or a Hub id).
@@ -103,12 +104,16 @@ class DataSection(Section):
     """Which images to train and test on.
 
     Attributes:
-        name: ``digits`` (in scikit-learn, no download) or, for detection, ``scenes``; a Hub id; a local folder for
-            ``datasets.load_dataset``, or one with annotation files in COCO's format.
+        name: ``digits`` (in scikit-learn, no download) or, for detection and segmentation, ``scenes``; a Hub id; a local folder
+            for ``datasets.load_dataset``, or one with annotation files in COCO's format.
         subset: the data set's configuration name, where it has several.
         image_column, label_column: found by their type when not given.
         objects_column: of detection: boxes and classes of each image; found when not given.
         box_format: of the boxes in that column: ``xywh`` as in COCO (left, top, width, height) or ``xyxy`` (corners).
+        mask_column: of segmentation: pictures with the class of every pixel; found by its name when not given.
+        class_names: of segmentation: the classes in the order of their numbers; numbers, up to the highest in the training
+            masks, when not given.
+        ignore_label: of segmentation: value of a mask's pixels that have no label.
         scenes: what ``name: scenes`` composes.
         train_split, validation_split, test_split: names of splits; found when not given.
         validation_share: share of the training images held out when the data set has no validation split.
@@ -117,7 +122,7 @@ class DataSection(Section):
         train_limit, validation_limit, test_limit: use so many images (chosen by ``split_seed``) at most.
         image_size: height and width in pixels that images are resized to; that of the model, or of the data, if not given.
         image_mean, image_std: per channel, of values in [0, 1].
-        crop_padding: training images are shifted by up to so many pixels (zero padding, random crop); not for detection.
+        crop_padding: training images are shifted by up to so many pixels (zero padding, random crop); for classification.
         horizontal_flip: half of the training images are mirrored.
     """
 
@@ -127,6 +132,9 @@ class DataSection(Section):
     label_column: str | None = None
     objects_column: str | None = None
     box_format: Literal["xywh", "xyxy"] = "xywh"
+    mask_column: str | None = None
+    class_names: Annotated[list[str], Field(min_length=2, max_length=255)] | None = None
+    ignore_label: Annotated[int, Field(ge=0, le=65535)] = 255
     scenes: ScenesSection | None = None
     train_split: str | None = None
     validation_split: str | None = None
@@ -543,7 +551,7 @@ class Recipe(Section):
 
     Attributes:
         name: of the run; the default output is ``runs/<name>``.
-        task: what the model does: ``image-classification`` or ``object-detection``.
+        task: what the model does: ``image-classification``, ``object-detection`` or ``image-segmentation`` (semantic).
         description: a sentence or two for the model card.
         seed: of weights, data order and augmentation.
         output: folder of the result, relative to the working directory.
@@ -552,7 +560,7 @@ class Recipe(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    task: Literal["image-classification", "object-detection"] = "image-classification"
+    task: Literal["image-classification", "object-detection", "image-segmentation"] = "image-classification"
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output: str | None = None
@@ -697,25 +705,36 @@ def _training_problems(recipe: Recipe) -> list[str]:
 def _task_problems(recipe: Recipe) -> list[str]:
     """Fields that mean nothing for the recipe's task."""
     given, name = recipe.data.model_fields_set, recipe.data.name
-    is_detection = recipe.task == "object-detection"
-    other = "image-classification" if is_detection else "object-detection"
-    reasons = (
-        {
+    of_detection = dict.fromkeys(("objects_column", "box_format"), "there are no boxes")
+    of_segmentation = dict.fromkeys(("mask_column", "class_names", "ignore_label"), "there are no masks")
+    reasons = {
+        "image-classification": {
+            **dict.fromkeys((*of_detection, "scenes"), "images of this task have one label and no boxes"),
+            **of_segmentation,
+        },
+        "object-detection": {
             "crop_padding": "it would move objects out of the image",
             "label_column": "boxes and classes are in objects_column",
-        }
-        if is_detection
-        else dict.fromkeys(
-            ("objects_column", "box_format", "scenes"), "images of this task have one label and no boxes"
-        )
-    )
+            **of_segmentation,
+        },
+        "image-segmentation": {
+            "crop_padding": "images and masks are resized together and not shifted",
+            "label_column": "classes are in mask_column",
+            **of_detection,
+        },
+    }[recipe.task]
     problems = {f: f"is not for {recipe.task}: {reason}. Leave it out." for f, reason in reasons.items() if f in given}
-    if name == ("digits" if is_detection else "scenes"):
+    is_classification = recipe.task == "image-classification"
+    if name == ("scenes" if is_classification else "digits"):
+        others = "object-detection and image-segmentation" if is_classification else "image-classification"
         problems["name"] = (
-            f"{name!r} is for {other}; the recipe's task is {recipe.task}. Set task, or choose other data."
+            f"{name!r} is for {others}; the recipe's task is {recipe.task}. Set task, or choose other data."
         )
-    elif is_detection and name != "scenes" and "scenes" in given:
+    elif not is_classification and name != "scenes" and "scenes" in given:
         problems["scenes"] = "says what `name: scenes` composes, and other data are named. Leave one of the two out."
+    elif recipe.task == "image-segmentation" and name == "scenes":
+        known = "scenes know their own classes and masks. Leave it out."
+        problems |= {field: f"is not for scenes: {known}" for field in of_segmentation if field in given}
     return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
 
 

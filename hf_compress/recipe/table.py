@@ -9,11 +9,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-_SHARES = ("accuracy", "map", "map_50")
+_SHARES = ("accuracy", "map", "map_50", "mean_iou", "pixel_accuracy")
 _ROWS = (
     ("accuracy", "accuracy (test images)"),
     ("map", "mAP (test images)"),
     ("map_50", "mAP at overlap 0.5"),
+    ("mean_iou", "mIoU (test images)"),
+    ("pixel_accuracy", "pixel accuracy"),
     ("params", "parameters"),
     ("macs", "MACs, one image"),
     ("bytes", "bytes on disk"),

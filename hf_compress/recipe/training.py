@@ -85,7 +85,11 @@ class QuietBar(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None:
-            shown = {name: logs[name] for name in ("loss", "eval_accuracy", "eval_map", "sparsity") if name in logs}
+            shown = {
+                name: logs[name]
+                for name in ("loss", "eval_accuracy", "eval_map", "eval_mean_iou", "sparsity")
+                if name in logs
+            }
             if "train_runtime" not in logs:
                 self.training_bar.set_postfix(shown)
 

@@ -20,7 +20,7 @@ from torch import nn
 import hf_compress
 from hf_compress.axes.attributes import SIZE_ATTRIBUTES
 from hf_compress.errors import HfCompressError, RecordError
-from hf_compress.surgery import Record, apply_record, record_of, remove_blocks
+from hf_compress.surgery import Record, apply_record, record_of, remove_blocks, replace_attention
 from hf_compress.surgery.factorize import factorize
 from hf_compress.surgery.skeleton import RECORD_VERSION
 
@@ -70,6 +70,22 @@ def in_factors() -> tuple[transformers.PretrainedConfig, type, dict[str, Any]]:
     return config, type(model), record
 
 
+@pytest.fixture(scope="module")
+def with_filters() -> tuple[transformers.PretrainedConfig, type, dict[str, Any]]:
+    """The same of a model with filters in place of attention, one of whose layers is in two factors."""
+    model, x = FAMILIES["vit"]()
+    config = copy.deepcopy(model.config)
+    replace_attention(model)
+    factorize(model, ranks={FILTERED + ".projection": 4}, example_inputs=x[:1])
+    hf_compress.prune(model, ratio=0.4, example_inputs=x[:1])
+    record = record_of(model).to_json()
+    assert record["version"] == 4 and record["factorized"]
+    assert record["filtered"] == {name: {"filter": "afidaf", "grid": [4, 4], "prefix": 1} for name in (FILTERED, OTHER)}
+    assert f"{FILTERED}.prefix.key_weight" in record["shapes"]
+    return config, type(model), record
+
+
+FILTERED, OTHER = "vit.layers.0.attention", "vit.layers.1.attention"
 CHANNEL, SPATIAL, DECOUPLED = (
     f"regnet.{path}.convolution"
     for path in ("embedder.embedder", "encoder.stages.0.layers.0.layer.1", "encoder.stages.1.layers.1.layer.1")
@@ -113,12 +129,14 @@ def try_record(config: transformers.PretrainedConfig, kind: type, data: Any) -> 
         tracemalloc.stop()
     assert elapsed < SECONDS and peak < MEGABYTES * 1e6
     after = state_of(model)
-    removed, factorized = (not message and data.get(name) for name in ("removed", "factorized"))
-    if removed or factorized:  # names have moved, so they cannot be compared one by one
-        assert factorized or len(after) < len(before)
+    removed, factorized, filtered = (not message and data.get(name) for name in ("removed", "factorized", "filtered"))
+    if removed or factorized or filtered:  # names have moved, so they cannot be compared one by one
+        assert factorized or filtered or len(after) < len(before)
         dense = sum(p.numel() for p in skeleton(config, kind).parameters())
-        # the factors of a full rank have at most twice the numbers of their layer
-        assert sum(p.numel() for p in model.parameters()) < (2 if factorized else 1) * dense
+        # the factors of a full rank have at most twice the numbers of their layer; filters of 24 channels have 3 * 24**2
+        # + 90 * 24 more than attention, of which this model has two
+        more = 2 * (3 * 24**2 + 90 * 24) if filtered else 0
+        assert sum(p.numel() for p in model.parameters()) < (2 if factorized else 1) * dense + more
         before = after
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     if message:
@@ -423,6 +441,96 @@ def test_random_mutations_of_factors_end_well(in_factors: Any) -> None:
     for _ in range(60):
         changed = copy.deepcopy(record)
         _mutate(changed["factorized"], draw)
+        for _ in range(draw.randint(0, 2)):
+            _mutate(changed, draw)
+        refused += bool(try_record(config, kind, changed))
+    assert refused > 30
+
+
+# -- filters in place of attention --------------------------------------------------------------------------------
+
+
+def test_an_honest_record_of_filters_is_accepted(with_filters: Any) -> None:
+    config, kind, record = with_filters
+    assert not try_record(config, kind, record)
+    assert Record.from_json(json.loads(json.dumps(record))).to_json() == record
+    for version in (1, 2, 3):
+        assert "not known" in try_record(config, kind, {**record, "version": version})
+
+
+@pytest.mark.parametrize("value", BAD_VALUES, ids=lambda value: repr(value)[:12])
+@pytest.mark.parametrize("place", ["", "a block", "filter", "grid", "a side", "prefix"])
+def test_wrong_values_of_filters_are_refused(with_filters: Any, place: str, value: Any) -> None:
+    config, kind, record = with_filters
+    path = {"": [], "a block": ["*"], "a side": ["*", "grid", 0]}.get(place, ["*", place])
+    record = copy.deepcopy(record)
+    _set("filtered", *path)(record, value)
+    # (place "prefix", value 0): class tokens without attention, whose tensors the shapes name
+    assert try_record(config, kind, record)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({FILTERED: {"filter": "attention", "grid": [4, 4], "prefix": 1}}, "must be one of afidaf, fourier, image"),
+        ({FILTERED: {"filter": "__class__", "grid": [4, 4], "prefix": 1}}, "must be one of afidaf, fourier, image"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 10**18], "prefix": 1}}, "a height and a width from 1 to 4096"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 4, 4], "prefix": 1}}, "a height and a width from 1 to 4096"),
+        ({FILTERED: {"filter": "afidaf", "grid": {"0": 4, "1": 4}, "prefix": 1}}, "a height and a width"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 4], "prefix": 10**9}}, "a number of tokens from 0 to 64"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 4]}}, "exactly the entries"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 4], "prefix": 1, "channels": 10**6}}, "exactly the entries"),
+        ({FILTERED: "afidaf"}, "must be a JSON object"),
+        *(
+            ({name: {"filter": "afidaf", "grid": [4, 4], "prefix": 1}}, "of no plain attention block")
+            for name in (
+                "",
+                "vit",
+                "classifier",
+                "vit.layers.0",
+                "../../etc/passwd",
+                "vit.__dict__",
+            )
+        ),
+        ({FILTERED + ".q_proj": {"filter": "afidaf", "grid": [4, 4], "prefix": 1}}, "holds another one of this list"),
+        ({"a" * 10**6: {"filter": "afidaf", "grid": [4, 4], "prefix": 1}}, "of no plain attention block"),
+        ({str(i): {"filter": "afidaf", "grid": [4, 4], "prefix": 1} for i in range(150_000)}, "more than"),
+    ],
+    ids=lambda value: str(value)[-50:],
+)
+def test_filters_that_cannot_be_are_refused(with_filters: Any, change: dict[str, Any], message: str) -> None:
+    config, kind, record = with_filters
+    assert message in try_record(config, kind, {**record, "filtered": {**record["filtered"], **change}})
+
+
+def test_shared_attention_is_not_replaced(with_filters: Any) -> None:
+    config, kind, _ = with_filters
+    model = skeleton(config, kind)
+    model.vit.layers[1].attention = shared = model.vit.layers[0].attention
+    with pytest.raises(RecordError, match="reached under another name"):
+        apply_record(model, Record(filtered={FILTERED: ("afidaf", (4, 4), 1)}))
+    assert model.vit.layers[0].attention is shared
+
+
+def test_sizes_that_do_not_fit_the_filters_leave_the_model_as_it_was(with_filters: Any) -> None:
+    config, kind, record = with_filters
+    for name, shape in (
+        (f"{FILTERED}.prefix.key_weight", [1000, None, None]),
+        (f"{FILTERED}.image.dilated.weight", [None, None, 9, 9]),
+        (f"{FILTERED}.q_proj.weight", [4, None]),
+    ):
+        changed = copy.deepcopy(record)
+        changed["shapes"][name] = shape
+        assert try_record(config, kind, changed)
+
+
+def test_random_mutations_of_filters_end_well(with_filters: Any) -> None:
+    config, kind, record = with_filters
+    draw = random.Random(3)
+    refused = 0
+    for _ in range(60):
+        changed = copy.deepcopy(record)
+        _mutate(changed["filtered"], draw)
         for _ in range(draw.randint(0, 2)):
             _mutate(changed, draw)
         refused += bool(try_record(config, kind, changed))
