@@ -42,6 +42,7 @@ _HOMES = {
     "magnitude_scores": "surgery",
     "match_blocks": "surgery",
     "measure": "measurement",
+    "own_names_in_checkpoints": "methods",
     "prune": "surgery",
     "push": "hub",
     "quantize": "quantization",

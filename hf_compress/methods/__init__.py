@@ -1,6 +1,7 @@
 """Training methods as Trainer callbacks: one file per method."""
 
 from .axis_callback import AxisCallback
+from .checkpoint_names import own_names_in_checkpoints
 from .dimension_search import DimensionSearchCallback
 from .network_slimming import NetworkSlimmingCallback
 from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
@@ -24,6 +25,7 @@ __all__ = [
     "SparseGroupCallback",
     "TrainedRankPruningCallback",
     "TransformedL1",
+    "own_names_in_checkpoints",
     "penalty_from",
     "report_first",
 ]

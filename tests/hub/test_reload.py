@@ -164,6 +164,7 @@ ORDERS: dict[str, str] = {
     "transformers first": "from transformers import AutoModelForImageClassification as A; import hf_compress",
     "modeling first": "import transformers.modeling_utils; import hf_compress; from transformers import AutoModelForImageClassification as A",
     "pipelines last": "import hf_compress, transformers.pipelines; from transformers import AutoModelForImageClassification as A",
+    "quantizer first": "import hf_compress.hub.quantizer; from transformers import AutoModelForImageClassification as A",
     "twice": "import hf_compress, importlib; from transformers import AutoModelForImageClassification as A; importlib.reload(hf_compress)",
 }
 
