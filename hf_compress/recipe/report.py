@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..surgery import Plan
 from .folder import RunFolder, write_json
-from .preparation import Prepared
+from .preparation import Prepared, method_callback
 from .reload import reload_difference
-from .schema import MODEL_STAGES, Method, PushStage, ReportStage
+from .schema import MODEL_STAGES, Method, PushStage, ReportStage, SparseGroupStage
 from .stages import OUTPUTS_FILE, load_model, test_pixels, unpruned_stages
 
 
@@ -95,6 +95,7 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
     """
     from ..measurement import TradeoffPoint, plot_sparsity, plot_tradeoff, plot_widths
     from ..measurement.plots import plot_dimensions
+    from ..measurement.plots_sparse_group import plot_group_norms
     from ..methods.dimension_kinds import kind_of
 
     task, figure = prepared.task, prepared.task.figures[0]
@@ -130,6 +131,15 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
             if any("sparsity" in entry for entry in entries):
                 plot_sparsity(made / "sparsity.png", entries)
                 pictures["sparsity.png"] = "Share of scales close to zero while training."
+        if isinstance(stage, SparseGroupStage):
+            norms = [
+                method_callback(prepared.recipe, number - 1, prepared.example_inputs).group_norms(
+                    load_model(prepared, folder.model(n))
+                )
+                for n in (number - 1, number)
+            ]
+            plot_group_norms(made / "group_norms.png", *norms)
+            pictures["group_norms.png"] = "Size of the groups of weights before and after training with sparse groups."
     return pictures
 
 
