@@ -31,7 +31,7 @@ def plot_group_norms(path: str | Path, before: Mapping[str, Any], after: Mapping
         raise ValueError("there are no groups to draw, or all of them are zero.")
     edges = np.linspace(-_DECADES, 0, _BINS + 1)
     width = edges[1] - edges[0]
-    zero_at = edges[0] - 2 * width  # apart from the rest, since a logarithm has no place for it
+    zero_at = edges[0] - 3 * width  # apart from the rest, since a logarithm has no place for it
     with _figure(path, 4.2) as axes:
         for values, colour, filled, label in ((old, _PALE, True, "before"), (new, _BLUE, False, "after")):
             places = np.log10(values[values > 0] / largest).clip(edges[0], None)
@@ -43,7 +43,7 @@ def plot_group_norms(path: str | Path, before: Mapping[str, Any], after: Mapping
         zeros = int((new == 0).sum())
         axes.bar(zero_at, zeros, width=1.6 * width, color=_ORANGE, label="zero after")
         axes.text(zero_at, zeros, f"{zeros} of {new.size}", ha="left" if zeros else "center", va="bottom", color=_GREY)
-        axes.set_xticks([zero_at, *range(-_DECADES, 1)], ["0", *(f"{10.0**d:g}" for d in range(-_DECADES, 1))])
+        axes.set_xticks([zero_at, *range(-_DECADES, 1)], ["0", *(f"$10^{{{d}}}$" for d in range(-_DECADES, 0)), "1"])
         axes.set_xlabel("norm of a group, largest = 1")
         axes.set_ylabel("groups")
         axes.figure.legend(loc="outside upper center", ncols=3)
