@@ -120,16 +120,20 @@ class DartsPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.ParameterDict):
             for alpha in module.values():
                 init.normal_(alpha, std=self.config.initial_alpha)
-        elif isinstance(module, DartsMixedNodes):
-            module.reset_parameters()
 
 
 class DartsTrunk(nn.Module):
-    """Stem, cells and pooling: what a network of chosen cells and a supernet share."""
+    """Stem, cells and pooling: what a network of chosen cells and a supernet share.
+
+    Attributes:
+        is_channels_last: whether images are brought to that layout on a CPU, where torch's poolings and depthwise
+            convolutions are many times faster in it.
+    """
 
     config: Any
     stem: Any
     cells: Any
+    is_channels_last = True
 
     def _build(self, config: DartsCells, is_search: bool) -> None:
         if config.stem == "cifar":
@@ -175,6 +179,8 @@ class DartsTrunk(nn.Module):
             ``pooler_output``: its mean over the image, [batch, nodes x width].
         """
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if self.is_channels_last and pixel_values.device.type == "cpu":
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         earlier, previous = self.stem(pixel_values)
         collected = [previous]
         weights = self._weights()

@@ -37,10 +37,11 @@ class DartsFactorizedReduction(nn.Module):
         self.normalization = nn.BatchNorm2d(out_channels, affine=affine)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = self.activation(hidden_states)
-        shifted = shift(hidden_states)
-        hidden_states = torch.cat([self.convolution_even(hidden_states), self.convolution_odd(shifted)], dim=1)
-        return self.normalization(hidden_states)
+        return self.normalization(self.halved(self.activation(hidden_states)))
+
+    def halved(self, activated: Tensor) -> Tensor:
+        """Both convolutions of the input behind its ReLU."""
+        return torch.cat([self.convolution_even(activated), self.convolution_odd(shift(activated))], dim=1)
 
 
 def shift(hidden_states: Tensor) -> Tensor:
@@ -86,7 +87,8 @@ def mean_pool(stride: int) -> nn.Module:
     return nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
 
 
-_CONVOLUTIONS: dict[str, dict[str, int]] = {
+POOLINGS = {"max_pool_3x3": max_pool, "avg_pool_3x3": mean_pool}
+CONVOLUTIONS: dict[str, dict[str, int]] = {
     "sep_conv_3x3": {"kernel": 3},
     "sep_conv_5x5": {"kernel": 5},
     "dil_conv_3x3": {"kernel": 3, "dilation": 2, "repeats": 1},
@@ -103,11 +105,11 @@ def operation(operator: str, channels: int, stride: int, affine: bool = True) ->
         stride: 1, or 2 on the edges from the inputs of a reduction cell.
         affine: whether BatchNorms have scales and shifts; not in a search.
     """
-    if operator in _CONVOLUTIONS:
-        return DartsSeparableConvolution(channels, stride=stride, affine=affine, **_CONVOLUTIONS[operator])
+    if operator in CONVOLUTIONS:
+        return DartsSeparableConvolution(channels, stride=stride, affine=affine, **CONVOLUTIONS[operator])
     if operator == "skip_connect":
         return nn.Identity() if stride == 1 else DartsFactorizedReduction(channels, channels, affine)
-    return {"max_pool_3x3": max_pool, "avg_pool_3x3": mean_pool}[operator](stride)
+    return POOLINGS[operator](stride)
 
 
 class DartsDropPath(nn.Module):
