@@ -1,5 +1,6 @@
 """Training methods as Trainer callbacks: one file per method."""
 
+from .architecture_search import ArchitectureSearchCallback
 from .axis_callback import AxisCallback
 from .dimension_search import DimensionSearchCallback
 from .network_slimming import NetworkSlimmingCallback
@@ -14,6 +15,7 @@ __all__ = [
     "L1",
     "MCP",
     "SCAD",
+    "ArchitectureSearchCallback",
     "AxisCallback",
     "DimensionSearchCallback",
     "Lp",
