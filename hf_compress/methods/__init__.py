@@ -10,6 +10,7 @@ from .quantization_aware_training import QuantizationAwareTrainingCallback
 from .reporting import report_first
 from .sparse_group import SparseGroupCallback
 from .trained_rank_pruning import TrainedRankPruningCallback
+from .width_search import WidthSearchCallback
 
 __all__ = [
     "L1",
@@ -26,6 +27,7 @@ __all__ = [
     "SparseGroupCallback",
     "TrainedRankPruningCallback",
     "TransformedL1",
+    "WidthSearchCallback",
     "penalty_from",
     "report_first",
 ]

@@ -38,6 +38,7 @@ logger = logging.get_logger(__name__)
 
 SearchMethod = Literal["rarts", "darts", "darts-second-order"]
 METHODS = ("rarts", "darts", "darts-second-order")
+_NOT_SAVED = ("validation_dataset", "example_inputs")
 #: alphas of at most so many entries are kept in Trainer's log history
 _LOGGED_ENTRIES = 4096
 
@@ -244,7 +245,7 @@ class ArchitectureSearchCallback(TrainerCallback, ExportableState):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add to the training logs: the losses, F, ||w - y||, norms of gradients, and the architecture's entropy.
 
-        ``state.log_history`` also gets the architecture variables themselves, as ``architecture``.
+        ``state.log_history`` also gets the architecture's matrices themselves, as ``architecture``.
         """
         logs: dict[str, Any] = kwargs["logs"]
         if not ("loss" in logs or "train_loss" in logs) or not self._handles or not self._count:
@@ -253,8 +254,10 @@ class ArchitectureSearchCallback(TrainerCallback, ExportableState):
         self._sums, self._count = {}, 0
         logs.update(found)
         state.log_history[-1].update(found)
-        values = {name: alpha.detach() for name, alpha in zip(self._search.names, self._alphas, strict=True)}
-        if sum(alpha.numel() for alpha in values.values()) <= _LOGGED_ENTRIES:
+        values = {
+            n: alpha.detach() for n, alpha in zip(self._search.names, self._alphas, strict=True) if alpha.ndim > 1
+        }
+        if values and sum(alpha.numel() for alpha in values.values()) <= _LOGGED_ENTRIES:
             entries: Any = {name: alpha.float().tolist() for name, alpha in values.items()}
             state.log_history[-1]["architecture"] = entries
 
@@ -298,7 +301,8 @@ class ArchitectureSearchCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """The constructor's arguments as JSON data; Trainer makes a new callback from them when it resumes."""
         arguments = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
-        arguments.pop("validation_dataset")
+        for name in _NOT_SAVED:
+            arguments.pop(name, None)
         for name, value in arguments.items():
             if isinstance(value, Sequence) and not isinstance(value, str):
                 arguments[name] = list(value)

@@ -19,6 +19,7 @@ from hf_compress.methods import (
     NetworkSlimmingCallback,
     ProximalSlimmingCallback,
     TransformedL1,
+    WidthSearchCallback,
 )
 from hf_compress.methods.sparse_group import SparseGroupCallback
 from hf_compress.methods.trained_rank_pruning import TrainedRankPruningCallback
