@@ -50,6 +50,16 @@ AUTO_CLASSES: dict[str, tuple[str, str, dict[str, str]]] = {
         "WideResNetConfig",
         {"AutoModel": "WideResNetModel", "AutoModelForImageClassification": "WideResNetForImageClassification"},
     ),
+    "darts": (
+        "hf_compress.models.darts",
+        "DartsConfig",
+        {"AutoModel": "DartsModel", "AutoModelForImageClassification": "DartsForImageClassification"},
+    ),
+    "darts_supernet": (
+        "hf_compress.models.darts",
+        "DartsSupernetConfig",
+        {"AutoModel": "DartsSupernetModel", "AutoModelForImageClassification": "DartsSupernetForImageClassification"},
+    ),
     "sidt": ("hf_compress.models.sidt", "SidtConfig", {"AutoModelForObjectDetection": "SidtForObjectDetection"}),
 }
 """``model_type`` -> (package, configuration class, {Auto class: model class}): what transformers' Auto classes learn."""
