@@ -1,5 +1,6 @@
 """Training methods as Trainer callbacks: one file per method."""
 
+from .architecture_search import ArchitectureSearchCallback
 from .axis_callback import AxisCallback
 from .checkpoint_names import own_names_in_checkpoints
 from .dimension_search import DimensionSearchCallback
@@ -10,11 +11,13 @@ from .quantization_aware_training import QuantizationAwareTrainingCallback
 from .reporting import report_first
 from .sparse_group import SparseGroupCallback
 from .trained_rank_pruning import TrainedRankPruningCallback
+from .width_search import WidthSearchCallback
 
 __all__ = [
     "L1",
     "MCP",
     "SCAD",
+    "ArchitectureSearchCallback",
     "AxisCallback",
     "DimensionSearchCallback",
     "Lp",
@@ -26,6 +29,7 @@ __all__ = [
     "TrainedRankPruningCallback",
     "TransformedL1",
     "own_names_in_checkpoints",
+    "WidthSearchCallback",
     "penalty_from",
     "report_first",
 ]

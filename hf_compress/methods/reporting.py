@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback
 
+from .architecture_search import ArchitectureSearchCallback
 from .axis_callback import AxisCallback
 from .trained_rank_pruning import TrainedRankPruningCallback
 
@@ -65,7 +66,7 @@ def _sorted(handler: CallbackHandler) -> list[TrainerCallback]:
     def rank(callback: TrainerCallback) -> int:
         if isinstance(callback, DefaultFlowCallback):
             return 0
-        if isinstance(callback, (AxisCallback, TrainedRankPruningCallback)):
+        if isinstance(callback, (AxisCallback, ArchitectureSearchCallback, TrainedRankPruningCallback)):
             return 1
         if isinstance(callback, _Order):
             return 2 if callback.is_first else 4
