@@ -16,6 +16,8 @@ _HOMES = {
     "AxisGraph": "axes",
     "Plan": "surgery",
     "DimensionSearchCallback": "methods",
+    "DistillationCallback": "methods",
+    "FeatureAffinityDistillation": "methods",
     "HfCompressConfig": "hub",
     "HfCompressError": "errors",
     "L1": "methods",

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ def export_onnx(
     *,
     check_inputs: Inputs = None,
     tolerance: float = 1e-4,
+    int8: bool = False,
+    calibration: Iterable[Any] | None = None,
+    min_agreement: float = 0.9,
 ) -> Path:
     """Write a model as ONNX and compare it with PyTorch in ONNX Runtime at two batch sizes.
 
@@ -45,6 +48,8 @@ def export_onnx(
         check_inputs: real images to compare on, in the same form, [n, channels, height, width]. Random ones when not
             given.
         tolerance: largest accepted absolute difference of any number of any output.
+        int8: compute in int8, see :func:`hf_compress.export.export_int8_onnx`; ``tolerance`` then means nothing.
+        calibration, min_agreement: of int8.
 
     Returns:
         The path.
@@ -53,6 +58,15 @@ def export_onnx(
         ExportError: when a package is missing, the model cannot be exported, or the two disagree.
     """
     _require("onnx", "onnxscript", "onnxruntime")
+    if int8:
+        from .int8 import export_int8_onnx
+
+        check = None if check_inputs is None else _only_tensor(check_inputs)
+        return export_int8_onnx(
+            model, path, example_inputs, calibration=calibration, check_inputs=check, min_agreement=min_agreement
+        )
+    if calibration is not None:
+        raise ExportError("calibration is for int8 files. Pass int8=True too, or leave it out.")
     path = Path(path)
     example = _only_tensor(example_inputs_for(model) if example_inputs is None else example_inputs)
     noise = torch.randn((3, *example.shape[1:]), generator=torch.Generator().manual_seed(0))

@@ -60,6 +60,8 @@ _TASKS = {
 _FIGURES = (  # key in metrics.json, row of the table, whether the value takes k, M, G, unit
     ("params", "Parameters", True, ""),
     ("macs", "MACs, one image", True, ""),
+    ("weights_bits", "Bits of weights", False, ""),
+    ("activations_bits", "Bits of activations", False, ""),
     ("bytes", "Weights", True, "B"),
     ("latency_ms", "PyTorch", False, "ms"),
     ("onnx_latency_ms", "ONNX Runtime", False, "ms"),
@@ -88,6 +90,8 @@ class CardContent:
         license: identifier that the Hub knows, for example ``apache-2.0``.
         reload_max_abs_diff: largest difference of any output after ``from_pretrained`` in a new process.
         onnx_max_abs_diff: largest difference of any output between ONNX Runtime and PyTorch.
+        int8: of model_int8.onnx: ``latency_ms``, ``argmax`` (share of images with PyTorch's class), ``images`` and
+            ``relative_difference`` of logits.
         plots: file name of a picture in the card's folder -> what it shows.
         recipe: the recipe as YAML.
         machine: what the times were measured on, see :func:`hf_compress.measurement.describe_machine`.
@@ -111,6 +115,7 @@ class CardContent:
     license: str | None = None
     reload_max_abs_diff: float | None = None
     onnx_max_abs_diff: float | None = None
+    int8: Mapping[str, float] | None = None
     plots: Mapping[str, str] = field(default_factory=dict)
     recipe: str = ""
     machine: str = ""
@@ -194,12 +199,15 @@ def _introduction(card: CardContent) -> str:
     kind = _TASKS[card.task].kind
     kind = f"{_plain(card.architecture)} {kind}" if card.architecture else f"An {kind}"
     shares = []
-    for key, name in (("macs", "multiply-accumulates"), ("params", "parameters")):
+    names = [("macs", "multiply-accumulates"), ("params", "parameters")]
+    names += [("bytes", "bytes")] if "weights_bits" in compressed else []
+    for key, name in names:
         whole, left = dense.get(key), compressed.get(key)
         if whole and left is not None:
             shares.append(f"{100 * left / whole:.0f} % of the {name}")
     sentence = f"{kind}, made smaller with `hf_compress`"
-    sentence += f": it has {' and '.join(shares)} of the dense model." if shares else "."
+    listed = " and ".join([", ".join(shares[:-1]), shares[-1]] if len(shares) > 1 else shares)
+    sentence += f": it has {listed} of the dense model." if shares else "."
     lines = [sentence]
     if card.stages:
         lines.append("Stages: " + " → ".join(stage.replace("_", " ") for stage in card.stages) + ".")
@@ -259,6 +267,13 @@ def _checks(card: CardContent) -> str:
     if card.onnx_max_abs_diff is not None:
         shown = _difference(card.onnx_max_abs_diff)
         lines.append(f"- `model.onnx` in ONNX Runtime against PyTorch: {what} {shown}.")
+    if card.int8 is not None:
+        found = card.int8
+        lines.append(
+            f"- `model_int8.onnx` in ONNX Runtime, {found['latency_ms']:#.3g}{_SPACE}ms for one image: the same class as "
+            f"PyTorch for {100 * found['argmax']:.1f}{_SPACE}% of {found['images']} test images; logits differ by "
+            f"{100 * found['relative_difference']:.1f}{_SPACE}% on average."
+        )
     return "\n".join(["## Checked", "", *lines]) if lines else ""
 
 

@@ -4,6 +4,7 @@ from .architecture_search import ArchitectureSearchCallback
 from .axis_callback import AxisCallback
 from .checkpoint_names import own_names_in_checkpoints
 from .dimension_search import DimensionSearchCallback
+from .feature_affinity import DistillationCallback, FeatureAffinityDistillation
 from .network_slimming import NetworkSlimmingCallback
 from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
 from .proximal_slimming import ProximalSlimmingCallback
@@ -20,6 +21,8 @@ __all__ = [
     "ArchitectureSearchCallback",
     "AxisCallback",
     "DimensionSearchCallback",
+    "DistillationCallback",
+    "FeatureAffinityDistillation",
     "Lp",
     "NetworkSlimmingCallback",
     "Penalty",

@@ -24,6 +24,7 @@ from hf_compress.surgery.plan import Plan
 
 from .penalties import Penalty
 from .scales import Scales
+from .trained_model import trained_model
 
 Grouping = Literal["scale", "axis"]
 
@@ -65,14 +66,14 @@ class AxisCallback(TrainerCallback, ExportableState):
     # -- Trainer hooks ------------------------------------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         self._validate()
         self.axes_ = _GRAPHS[model] = find_axes(model, self.example_inputs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         self._begin(args, model)
         self.scales_ = self._scales(model)
         self._claim(model, state, self.scales_.names)
@@ -82,7 +83,7 @@ class AxisCallback(TrainerCallback, ExportableState):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the sparsity to the training logs: overall to ``logs``, per axis to ``state.log_history``."""
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         logs: dict[str, float] = kwargs["logs"]
         if self.scales_ is None or not ("loss" in logs or "train_loss" in logs):
             return

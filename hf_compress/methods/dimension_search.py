@@ -35,6 +35,7 @@ from .dimension_plan import Lowest, plan_in_budget, plan_of_counts, plan_of_shar
 from .dimension_scores import DimensionScores, check_fits, scores_in
 from .network_slimming import unscale_gradients
 from .penalties import Penalty, as_penalty
+from .trained_model import trained_model
 
 logger = logging.get_logger(__name__)
 
@@ -151,14 +152,14 @@ class DimensionSearchCallback(AxisCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._validate()
         try:
-            self.attach(kwargs["model"])
+            self.attach(trained_model(kwargs))
         except NothingToShrinkError:
             pass  # on_train_begin reports it; a Trainer that only evaluates has no need of it
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         if getattr(args, "n_gpu", 1) > 1:
             raise MethodError(
                 "scores are not supported by torch.nn.DataParallel (one process, several GPUs). Start with torchrun, "
@@ -211,7 +212,7 @@ class DimensionSearchCallback(AxisCallback):
         """Add the share of vanished scores to the training logs: overall and per kind, and per axis to the history."""
         super().on_log(args, state, control, **kwargs)
         logs: dict[str, float] = kwargs["logs"]
-        scores = scores_in(kwargs["model"])
+        scores = scores_in(trained_model(kwargs))
         if self.scales_ is None or scores is None or not ("loss" in logs or "train_loss" in logs):
             return
         shares = {f"sparsity_{kind}": 0.0 for kind in self._sizes}
@@ -228,7 +229,7 @@ class DimensionSearchCallback(AxisCallback):
         # load_best_model_at_end has put the best checkpoint's scores back by now
         if self.scales_ is not None:
             self._warn_if_short()
-            self.fold(kwargs["model"])
+            self.fold(trained_model(kwargs))
             super().on_train_end(args, state, control, **kwargs)
 
     # -- scores in and out of the model -----------------------------------------------------------------------------

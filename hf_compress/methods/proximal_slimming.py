@@ -26,6 +26,7 @@ from hf_compress.surgery.plan import Plan
 from .axis_callback import AxisCallback, Grouping, check_number, plan_of_support
 from .penalties import L1, Penalty, as_penalty
 from .scales import Scales
+from .trained_model import trained_model
 from .training_buffer import register, registered, unregister
 
 logger = logging.get_logger(__name__)
@@ -142,7 +143,7 @@ class ProximalSlimmingCallback(AxisCallback):
     # -- Trainer hooks ------------------------------------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         super().on_init_end(args, state, control, **kwargs)
         try:
             scales = self._scales(model)
@@ -154,7 +155,7 @@ class ProximalSlimmingCallback(AxisCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         optimizer = kwargs["optimizer"]
         super().on_train_begin(args, state, control, **kwargs)
         assert self.scales_ is not None
@@ -173,7 +174,7 @@ class ProximalSlimmingCallback(AxisCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         optimizer = kwargs["optimizer"]
         if self.scales_ is None or getattr(optimizer, "step_was_skipped", False):
             return
@@ -189,7 +190,7 @@ class ProximalSlimmingCallback(AxisCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         if self.scales_ is None:
             return
         if self.zero_on_removal:

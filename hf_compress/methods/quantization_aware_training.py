@@ -28,6 +28,7 @@ from hf_compress.quantization.storage import check_finite
 
 from .axis_callback import check_number
 from .network_slimming import unscale_gradients
+from .trained_model import trained_model
 
 _UNCALIBRATED = "hf_compress_is_uncalibrated"
 _CALIBRATION_BATCH = 32
@@ -83,12 +84,12 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
         self.batches = batches
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._begin(kwargs["model"])
+        self._begin(trained_model(kwargs))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         if getattr(args, "deepspeed", None) or any(hasattr(p, "to_local") for p in model.parameters()):
             raise MethodError(f"{type(self).__name__} needs whole weights, which DeepSpeed and FSDP cut up; use DDP.")
         self._begin(model)
@@ -102,7 +103,7 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         scheme = quantization_of(model)
         if scheme is None:
             return
@@ -120,7 +121,7 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         if quantization_of(model) is not None:
             attach(freeze(model))
 
@@ -166,7 +167,9 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
                 "batches= with a few hundred images, or use activation_scheme='dynamic'."
             ) from None
         for start in range(0, count, _CALIBRATION_BATCH):
-            items = [dataset[i] for i in range(start, min(count, start + _CALIBRATION_BATCH))]  # type: ignore[index]
+            numbers = range(start, min(count, start + _CALIBRATION_BATCH))
+            whole = getattr(dataset, "__getitems__", None)  # what a DataLoader prefers too
+            items = whole([*numbers]) if whole is not None else [dataset[i] for i in numbers]  # type: ignore[index]
             yield dataloader.collate_fn(items)
 
 

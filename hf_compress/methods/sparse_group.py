@@ -34,6 +34,7 @@ from hf_compress.surgery.plan import Plan
 
 from .axis_callback import AxisCallback, check_number, plan_of_support
 from .network_slimming import unscale_gradients
+from .trained_model import trained_model
 from .training_buffer import register, registered, unregister
 from .weight_groups import Slices, WeightGroups
 
@@ -258,7 +259,7 @@ class SparseGroupCallback(AxisCallback):
     # -- Trainer hooks ------------------------------------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         super().on_init_end(args, state, control, **kwargs)
         try:
             groups = self._groups(model)
@@ -272,7 +273,7 @@ class SparseGroupCallback(AxisCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         self._begin(args, model)
         self._warned: set[str] = set()
         self.groups_ = groups = self._groups(model)
@@ -296,7 +297,7 @@ class SparseGroupCallback(AxisCallback):
         if self.groups_ is None:
             return
         unscale_gradients(kwargs["optimizer"])
-        flat = registered(kwargs["model"], _name(self.groups_))
+        flat = registered(trained_model(kwargs), _name(self.groups_))
         assert flat is not None
         beta = self._split_at(state)
         with torch.no_grad():
@@ -308,14 +309,14 @@ class SparseGroupCallback(AxisCallback):
         """V = prox(W)."""
         if self.groups_ is None or getattr(kwargs["optimizer"], "step_was_skipped", False):
             return
-        flat = registered(kwargs["model"], _name(self.groups_))
+        flat = registered(trained_model(kwargs), _name(self.groups_))
         assert flat is not None
         with torch.no_grad():
             self._proximal(self.groups_, flat, self.strength / self._split_at(state))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the shares of zero weights and of zero groups to the training logs, and those of axes to the history."""
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         logs: dict[str, float] = kwargs["logs"]
         if self.groups_ is None or not ("loss" in logs or "train_loss" in logs):
             return
@@ -335,7 +336,7 @@ class SparseGroupCallback(AxisCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         if self.groups_ is None:
             return
         self._project(model, self.groups_)
@@ -508,7 +509,7 @@ class KeepZerosCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        named = _matrices(kwargs["model"])
+        named = _matrices(trained_model(kwargs))
         with torch.no_grad():
             self._weights = [weight for weight in named.values() if weight.requires_grad and bool((weight == 0).any())]
             self._zeros = [weight == 0 for weight in self._weights]

@@ -39,6 +39,7 @@ from hf_compress.surgery.decomposition import (
 from .axis_callback import check_finite, check_number
 from .network_slimming import unscale_gradients
 from .scales import _as, _local, _whole
+from .trained_model import trained_model
 
 logger = logging.get_logger(__name__)
 
@@ -144,7 +145,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
     # -- Trainer hooks ------------------------------------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         self._validate()
         if self._needs_buffer:
             try:
@@ -157,7 +158,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model: nn.Module = trained_model(kwargs)
         self._validate()
         if getattr(args, "deepspeed", None):
             raise MethodError(f"{type(self).__name__} cannot reach parameters under DeepSpeed; use DDP or FSDP2.")
@@ -175,7 +176,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._layers and self.steps_ % self.period == 0 and self.steps_ != self.truncated_at_:
-            self._truncate(kwargs["model"], kwargs["optimizer"])
+            self._truncate(trained_model(kwargs), kwargs["optimizer"])
             self.truncated_at_ = self.steps_
 
     def on_pre_optimizer_step(
@@ -207,7 +208,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _unregister(kwargs["model"], self._layers)
+        _unregister(trained_model(kwargs), self._layers)
         self._layers, self._subgradients = [], None  # they hold the parameters
 
     # -- results --------------------------------------------------------------------------------------------------

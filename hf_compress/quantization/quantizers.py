@@ -33,6 +33,9 @@ SMALLEST_ALPHA = 1e-3
 FIRST_ALPHA = {1: 1.2221, 2: 0.6511, 3: 0.3534, 4: 0.1946, 5: 0.1055, 6: 0.0573, 7: 0.0309, 8: 0.0165}
 
 _TINY = torch.finfo(torch.float32).tiny
+_LEAST_LEARNED = (
+    1e-3  # a learned scale below it (in its unit) has every weight at the largest code; nearer 0 it would vanish
+)
 _HALFWAY = 2.0**-23  # the least relative change of a float32 that moves every k + 1/2 off itself
 
 
@@ -134,7 +137,7 @@ def scale_of(
     For the rule "learned": what ``learned`` says, or without it the scale to begin with.
     """
     if learned is not None:
-        scale = learned.detach().float().clamp_min(_TINY) * unit_of(weight, bits, channel_dim)
+        scale = learned.detach().float().clamp_min(_LEAST_LEARNED) * unit_of(weight, bits, channel_dim)
         return scale, scale
     rows = as_rows(weight.detach().float(), channel_dim)
     step, scale = step_and_scale(rows, bits, "least_squares" if rule == "learned" else rule)

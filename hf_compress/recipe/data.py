@@ -306,7 +306,7 @@ def load_splits(recipe: Recipe) -> Any:
         ) from error
 
 
-def local_folder(recipe: Recipe, name: str, *field: str) -> Path | None:
+def local_folder(recipe: Recipe, name: str, *field: str | int) -> Path | None:
     """The folder that a name means, relative to the working directory or to the recipe's file; None for a Hub id.
 
     Raises:

@@ -26,12 +26,16 @@ from ..surgery import magnitude_scores
 from .data import RawData, local_folder
 from .schema import (
     Compression,
+    DistillStage,
     FactorizeStage,
     Method,
     PruneStage,
+    QuantizeStage,
     Recipe,
     TrainedRankPruningStage,
     Training,
+    bits_of_training,
+    quantizes,
     scoring_stage,
 )
 from .source import closest
@@ -106,7 +110,13 @@ def prepare(recipe: Recipe) -> Prepared:
         if isinstance(stage, Training):
             arguments = training_arguments(recipe, index, Path("unused"))
             prepared.steps[index] = number_of_steps(arguments, len(data.train))
-    if any(isinstance(stage, (Compression, Method, TrainedRankPruningStage)) for stage in recipe.stages):
+    for index, stage in enumerate(recipe.stages):
+        if quantizes(stage):
+            _check_bits(prepared, index)
+        if isinstance(stage, DistillStage):
+            _check_teacher(prepared, index)
+    acts_on_axes = (Compression, Method, TrainedRankPruningStage)
+    if any(isinstance(stage, acts_on_axes) and not isinstance(stage, QuantizeStage) for stage in recipe.stages):
         prepared.axes = find_axes(model, prepared.example_inputs)
         _check_budgets(prepared)
     return prepared
@@ -205,6 +215,12 @@ def method_callback(recipe: Recipe, index: int, example_inputs: dict[str, Tensor
         return stage.callback(example_inputs)
     except (HfCompressError, TypeError, ValueError) as error:
         raise RecipeError(f"{recipe.where('stages', index)}: {_first_line(error)}") from error
+
+
+def quantization_callback(recipe: Recipe, index: int) -> Any:
+    """What trains a stage in few bits, or None where its weights are float."""
+    found = bits_of_training(recipe, index)
+    return None if found is None else found[0].callback(found[1])
 
 
 # -- model and processor ------------------------------------------------------------------------------------------
@@ -398,6 +414,67 @@ def _check_images(prepared: Prepared) -> None:
         ) from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs.values()):
         raise ModelError(f"{recipe.where('model')}: the model answers with NaN or infinity before any training.")
+
+
+def _check_bits(prepared: Prepared, index: int) -> None:
+    """See that there are layers to quantize and that skip patterns match some."""
+    from ..quantization import resolve
+
+    recipe = prepared.recipe
+    found = bits_of_training(recipe, index)
+    assert found is not None
+    bits, scale = found
+    scheme = bits.scheme(scale)
+    try:
+        chosen = resolve(prepared.model, scheme)
+    except HfCompressError as error:
+        if any(isinstance(stage, FactorizeStage) for stage in recipe.stages[:index]):
+            return  # it renames layers, so that patterns may match none yet
+        raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+    parts = [f"weights of {len(chosen.layers or ())} layers in {scheme.weights} bits"] if scheme.weights else []
+    parts += [f"{scheme.activation_scheme} activations in {scheme.activations} bits"] if scheme.activations else []
+    prepared.goals[index] = ", ".join(parts)
+
+
+def _check_teacher(prepared: Prepared, index: int) -> None:
+    """Put student and teacher together as the stage will; of an earlier stage's model only the weights will differ."""
+    recipe, stage = prepared.recipe, prepared.recipe.stages[index]
+    assert isinstance(stage, DistillStage)
+    try:
+        if stage.teacher is None:
+            teacher: Any = copy.deepcopy(prepared.model)
+        else:
+            place = teacher_name(recipe, index)
+            _check_same_images(prepared, place)
+            teacher = place
+        stage.wrap(copy.deepcopy(prepared.model), teacher, prepared.example_inputs)
+    except HfCompressError as error:
+        raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+
+
+def teacher_name(recipe: Recipe, index: int) -> str:
+    """The folder of a distill stage's teacher, or its Hub id."""
+    stage = recipe.stages[index]
+    assert isinstance(stage, DistillStage) and stage.teacher is not None
+    folder = local_folder(recipe, stage.teacher, "stages", index, "teacher")
+    return str(folder) if folder is not None else stage.teacher
+
+
+def _check_same_images(prepared: Prepared, teacher: str) -> None:
+    """A teacher that was trained on images of another normalisation would be wrong about these."""
+    from transformers import AutoImageProcessor
+
+    try:
+        its = AutoImageProcessor.from_pretrained(teacher)
+    except (OSError, ValueError):  # the checkpoint has none
+        return
+    for name in ("image_mean", "image_std"):
+        ours, theirs = getattr(prepared.processor, name, None), getattr(its, name, None)
+        if ours is not None and theirs is not None and list(ours) != list(theirs):
+            raise DataError(
+                f"student and teacher see the same images, and the teacher's image processor has {name}={list(theirs)} "
+                f"where the recipe's has {list(ours)}. Set data.{name} to the teacher's."
+            )
 
 
 def _check_budgets(prepared: Prepared) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from ..surgery import Plan
 from .folder import RunFolder, write_json
 from .preparation import Prepared, method_callback
 from .reload import reload_difference
-from .schema import MODEL_STAGES, Method, PushStage, ReportStage, SparseGroupStage
-from .stages import OUTPUTS_FILE, load_model, test_pixels, unpruned_stages
+from .schema import MODEL_STAGES, DistillStage, Method, PushStage, ReportStage, SparseGroupStage
+from .stages import OUTPUTS_FILE, load_model, teacher_of, test_pixels, unpruned_stages
+
+_INT8_IMAGES = 1000
+_MOST_PIXELS = 1024  # of a feature map whose affinities are drawn
 
 
 def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
@@ -27,7 +31,7 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     Returns:
         Notes for ``done.json``: which stage's model is the dense one, and its metrics.
     """
-    from ..export import export_onnx, onnx_difference, onnx_outputs
+    from ..export import export_onnx, int8_agreement, onnx_difference, onnx_outputs
     from ..measurement import checkpoint_bytes, compare_latency, count_macs, describe_machine
 
     stage = prepared.recipe.stages[index]
@@ -44,12 +48,18 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
         model.to("cpu").eval()
     times = compare_latency({n: _caller(m, image) for n, m in models.items()}, stage.latency_rounds)
     onnx_times: dict[str, float | None] = {"dense": None, "compressed": None}
-    onnx_max_abs_diff = None
+    onnx_max_abs_diff, int8 = None, None
     exported = _exported(prepared, folder)
     if exported is not None:
         dense_file = export_onnx(models["dense"], partial / "dense.onnx", {"pixel_values": image}, tolerance=1e-2)
         runners = {"dense": onnx_outputs(dense_file), "compressed": onnx_outputs(exported)}
+        int8_file = exported.with_name("model_int8.onnx")
+        if int8_file.exists():
+            runners["int8"] = onnx_outputs(int8_file)
         onnx_times |= compare_latency({n: _caller(r, image) for n, r in runners.items()}, stage.latency_rounds)
+        if int8_file.exists():
+            int8 = {"latency_ms": onnx_times.pop("int8"), "bytes": int8_file.stat().st_size}
+            int8 |= asdict(int8_agreement(models["compressed"], int8_file, _many_pixels(prepared)))
         onnx_max_abs_diff = onnx_difference(models["compressed"], exported, pixels)
         dense_file.unlink()
     expected = load_file(paths["compressed"].parent / OUTPUTS_FILE)  # before it was saved
@@ -65,14 +75,37 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
         }
         for name, model in models.items()
     }
+    for name, bits in _bits(models).items():
+        metrics[name] |= bits
     metrics["reload_max_abs_diff"] = reload_difference(
         paths["compressed"], pixels, expected, prepared.task.auto_class.__name__
     )
     metrics["onnx_max_abs_diff"] = onnx_max_abs_diff
+    if int8 is not None:
+        metrics["int8"] = int8
     write_json(made / "metrics.json", metrics)
     pictures = draw(prepared, folder, index, metrics, made) | prepared.task.draw(prepared, models, made)
     write_readme(prepared, stage, metrics, pictures, made, describe_machine())
     return {"stage": "report", "dense": chosen, "metrics": metrics}
+
+
+def _bits(models: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """In how many bits the models hold weights and activations; nothing where all of them are float."""
+    from ..quantization import quantization_of
+
+    schemes = {name: quantization_of(model) for name, model in models.items()}
+    if not any(schemes.values()):
+        return {}
+    return {
+        name: {f"{what}_bits": getattr(scheme, what, None) or 32 for what in ("weights", "activations")}
+        for name, scheme in schemes.items()
+    }
+
+
+def _many_pixels(prepared: Prepared) -> Tensor:
+    """As many test images as a share of agreement needs to mean something."""
+    images = prepared.split("test")
+    return images.pixels(min(_INT8_IMAGES, len(images)))
 
 
 def dense_stage(prepared: Prepared, folder: RunFolder, stage: ReportStage) -> int:
@@ -120,6 +153,7 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
         if folder.model(last) != folder.model(index):
             pruned = task.measure(load_model(prepared, folder.model(last)), prepared.split("test"))[figure]
             points.append(TradeoffPoint("pruned", (folder.done(last) or {})["macs"], pruned))
+    pictures |= _draw_distillation(prepared, folder, index, made)
     pictures |= _draw_ranks([folder.stage(n) for n, other in enumerate(stages, 1) if other.stage == "factorize"], made)
     points.append(TradeoffPoint("compressed", metrics["compressed"]["macs"], metrics["compressed"][figure]))
     plot_tradeoff(made / "tradeoff.png", points, measure=task.measured)
@@ -140,6 +174,35 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
             ]
             plot_group_norms(made / "group_norms.png", *norms)
             pictures["group_norms.png"] = "Size of the groups of weights before and after training with sparse groups."
+    return pictures
+
+
+def _draw_distillation(prepared: Prepared, folder: RunFolder, index: int, made: Path) -> dict[str, str]:
+    """Pictures of the last distill stage before ``index``; none without one."""
+    from ..measurement.plots_distillation import plot_affinities, plot_loss_parts
+
+    numbers = [n for n, stage in enumerate(prepared.recipe.stages[:index], 1) if isinstance(stage, DistillStage)]
+    if not numbers:
+        return {}
+    number, pictures = numbers[-1], {}
+    stage = prepared.recipe.stages[number - 1]
+    assert isinstance(stage, DistillStage)
+    history = json.loads((folder.stage(number) / "history.json").read_text(encoding="utf-8"))
+    if any("kd_loss" in entry or "affinity_loss" in entry for entry in history):
+        plot_loss_parts(made / "loss_parts.png", history)
+        pictures["loss_parts.png"] = "Parts of the loss of distillation while training."
+    student = load_model(prepared, folder.model(number)).requires_grad_(False)
+    pair = stage.wrap(student, teacher_of(prepared, folder, number - 1), prepared.example_inputs)
+    pixels = test_pixels(prepared)[:1]
+    found = [pair.affinities(pixels, i) for i in range(len(pair.pairs))]
+    drawable = [both for both in found if both[0].shape[1] <= _MOST_PIXELS]
+    if drawable:
+        mine, its = max(drawable, key=lambda both: both[0].shape[1])
+        (image,) = prepared.data.test.read([0])
+        plot_affinities(made / "affinities.png", image, its[0], mine[0])
+        pictures["affinities.png"] = (
+            "Which pixels of a test image have alike features, to the teacher and to the student."
+        )
     return pictures
 
 
@@ -194,6 +257,7 @@ def write_readme(
             base_model=base if base is not None and local_folder(recipe, base) is None else None,
             reload_max_abs_diff=metrics["reload_max_abs_diff"],
             onnx_max_abs_diff=metrics["onnx_max_abs_diff"],
+            int8=metrics.get("int8"),
             plots=pictures,
             recipe=recipe.as_yaml(),
             machine=machine,

@@ -405,6 +405,136 @@ class Compression(Section):
     """A stage that makes the model smaller: models before the first one are dense."""
 
 
+class Bits(Section):
+    """In how many bits weights and activations are held; see :class:`hf_compress.quantization.Quantization`.
+
+    Attributes:
+        weights: 1 to 8, ``binary`` or ``ternary``; float when not given.
+        activations: 1 to 8; float when not given.
+        scale: least_squares, learned, bcgd or bcgd_numel; ``least_squares`` after training and ``learned`` in it when not
+            given.
+        per_channel: one scale for every output channel, else one for a tensor.
+        activation_scheme: dynamic, static or clipped_relu.
+        skip: what stays float: first, last, positions, and glob patterns of module names.
+        calibration_images: training images that the ranges of static and clipped_relu activations come from.
+        rho: in training, see :class:`hf_compress.QuantizationAwareTrainingCallback`.
+    """
+
+    weights: int | str | None = None
+    activations: int | None = None
+    scale: str | None = None
+    per_channel: bool = True
+    activation_scheme: str = "dynamic"
+    skip: str | list[str] = Field(default_factory=lambda: ["first", "last", "positions"])
+    calibration_images: Positive = 256
+    rho: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Bits:
+        self.scheme()  # refuses what cannot be
+        return self
+
+    def scheme(self, scale: str = "least_squares") -> Any:
+        """As a :class:`~hf_compress.quantization.Quantization`; ``scale`` stands where the recipe names none."""
+        from ..quantization import Quantization
+
+        skip: Any = self.skip
+        return Quantization(
+            self.weights,  # type: ignore[arg-type]
+            self.scale or scale,
+            self.per_channel,
+            self.activations,
+            self.activation_scheme,
+            skip,
+        )
+
+    def callback(self, scale: str) -> Any:
+        """What trains a model in these bits."""
+        from .. import methods
+
+        return methods.QuantizationAwareTrainingCallback(
+            self.weights,
+            self.activations,
+            scale=self.scale or scale,
+            per_channel=self.per_channel,
+            activation_scheme=self.activation_scheme,
+            skip=self.skip,
+            rho=self.rho,
+            calibration_images=self.calibration_images,
+        )
+
+
+class QuantizeStage(Bits, Compression):
+    """Hold the model in few bits, without training. Stages behind it that train do so in these bits (QAT)."""
+
+    stage: Literal["quantize"]
+
+
+class DistillStage(Training):
+    """Training under a teacher, without labels unless they get a weight (FAQD; see ``FeatureAffinityDistillation``).
+
+    Attributes:
+        teacher: a folder or a Hub id; or
+        teacher_stage: name or number (from 0) of an earlier stage, whose model is the teacher.
+        student: ``last`` trains the model of the stage before; ``start`` the one from before the first stage.
+        quantize: train in these bits.
+        kd_weight, affinity_weight, label_weight, kd_loss, temperature, fast, projections, norm, features, resizing,
+            adaptors, teacher_dtype: as for ``FeatureAffinityDistillation``.
+    """
+
+    stage: Literal["distill"]
+    teacher: str | None = None
+    teacher_stage: str | int | None = None
+    student: Literal["last", "start"] = "last"
+    quantize: Bits | None = None
+    kd_weight: Annotated[float, Field(ge=0)] = 1.0
+    affinity_weight: Annotated[float, Field(ge=0)] = 10.0
+    label_weight: Annotated[float, Field(ge=0)] = 0.0
+    kd_loss: Literal["mse", "kl"] = "mse"
+    temperature: Annotated[float, Field(gt=0)] = 3.0
+    fast: bool = True
+    projections: Positive = 15
+    norm: Literal["squared", "l1"] = "squared"
+    features: list[int | str | list[int | str]] | None = None
+    resizing: Literal["pool", "interpolate"] = "pool"
+    adaptors: bool = False
+    teacher_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> DistillStage:
+        if (self.teacher is None) == (self.teacher_stage is None):
+            raise ValueError(
+                "give exactly one of `teacher` (a folder or a Hub id) and `teacher_stage` (an earlier stage)"
+            )
+        return self
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.DistillationCallback()
+
+    def wrap(self, student: Any, teacher: Any, example_inputs: Any = None) -> Any:
+        """Student and teacher as one model for Trainer.
+
+        Raises:
+            HfCompressError: when the two do not go together.
+        """
+        from .. import methods
+
+        names = (
+            "kd_weight",
+            "affinity_weight",
+            "label_weight",
+            "kd_loss",
+            "temperature",
+            "fast",
+            "projections",
+            "norm",
+        )
+        settings = {name: getattr(self, name) for name in (*names, "features", "resizing", "adaptors", "teacher_dtype")}
+        return methods.FeatureAffinityDistillation(student, teacher, example_inputs=example_inputs, **settings)
+
+
 class FactorizeStage(Compression):
     """Replace layers by two factors of low rank (see :func:`hf_compress.factorize`).
 
@@ -479,10 +609,16 @@ class ExportStage(Section):
 
     Attributes:
         tolerance: largest difference of any output (a logit, or a box as a share of the image) that is accepted.
+        int8: also write model_int8.onnx, whose class is compared with PyTorch's on test images.
+        calibration_images: training images that the ranges of its activations come from.
+        min_agreement: smallest accepted share of test images with the same class.
     """
 
     stage: Literal["export"]
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    int8: bool = False
+    calibration_images: Positive = 256
+    min_agreement: Annotated[float, Field(gt=0, le=1)] = 0.9
 
 
 class ReportStage(Section):
@@ -521,8 +657,10 @@ Stage = Annotated[
     | DimensionSearchStage
     | SparseGroupStage
     | TrainedRankPruningStage
+    | DistillStage
     | FactorizeStage
     | PruneStage
+    | QuantizeStage
     | ExportStage
     | ReportStage
     | PushStage,
@@ -538,6 +676,8 @@ STAGES: dict[str, type[Section]] = {
     "factorize": FactorizeStage,
     "prune": PruneStage,
     "finetune": FinetuneStage,
+    "distill": DistillStage,
+    "quantize": QuantizeStage,
     "export": ExportStage,
     "report": ReportStage,
     "push": PushStage,
@@ -631,6 +771,7 @@ def _message(source: Source, detail: ErrorDetails) -> str:
     if len(location) > 2 and location[0] == "stages":
         owner = STAGES.get(str(location[2]))
         del location[2]  # pydantic puts the stage's name after its number
+        owner = Bits if location[2:3] == ["quantize"] and len(location) > 3 else owner
     elif len(location) > 1:
         sections: dict[str, type[Section]] = {"model": ModelSection, "data": DataSection}
         owner = sections.get(str(location[0]))
@@ -735,7 +876,17 @@ def _task_problems(recipe: Recipe) -> list[str]:
     elif recipe.task == "image-segmentation" and name == "scenes":
         known = "scenes know their own classes and masks. Leave it out."
         problems |= {field: f"is not for scenes: {known}" for field in of_segmentation if field in given}
-    return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
+    found = [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
+    for index, stage in enumerate(recipe.stages):
+        if recipe.task != "image-classification" and isinstance(stage, DistillStage):
+            found.append(
+                f"{recipe.where('stages', index)}: distill compares classifiers; the recipe's task is {recipe.task}."
+            )
+        if recipe.task != "image-classification" and isinstance(stage, ExportStage) and stage.int8:
+            found.append(
+                f"{recipe.where('stages', index, 'int8')}: is for classifiers; the recipe's task is {recipe.task}."
+            )
+    return found
 
 
 def _order_problems(recipe: Recipe) -> list[str]:
@@ -763,12 +914,73 @@ def _order_problems(recipe: Recipe) -> list[str]:
             )
         if isinstance(stage, ReportStage) and stage.dense is not None:
             problems += _dense_problems(recipe, index, stage)
+        problems += _bit_problems(recipe, index)
     return problems
+
+
+def _bit_problems(recipe: Recipe, index: int) -> list[str]:
+    """What cannot come after the model is quantized, and teachers that are not there."""
+    stage = recipe.stages[index]
+    here, problems = recipe.where("stages", index), []
+    earlier = next((n for n in range(index) if quantizes(recipe.stages[n])), None)
+    if earlier is not None:
+        name = f"stage {earlier} ({recipe.stages[earlier].stage})"
+        if quantizes(stage):
+            problems.append(f"{here}: {name} quantizes the model already. Leave one of the two out.")
+        elif stage.stage in MODEL_STAGES and not isinstance(stage, (TrainStage, FinetuneStage, DistillStage)):
+            problems.append(
+                f"{here}: {stage.stage} needs float weights, and {name} quantizes them. Move it before that stage."
+            )
+    if isinstance(stage, DistillStage):
+        if stage.teacher_stage is not None and teacher_number(recipe, index) is None:
+            options = [f"{n} ({s.stage})" for n, s in enumerate(recipe.stages[:index]) if s.stage in MODEL_STAGES]
+            problems.append(
+                f"{recipe.where('stages', index, 'teacher_stage')}: {stage.teacher_stage!r} is not one earlier stage with a "
+                f"model. Possible: {', '.join(options) or 'none'}."
+            )
+        if stage.student == "start" and any(isinstance(other, Compression) for other in recipe.stages[:index]):
+            problems.append(
+                f"{recipe.where('stages', index, 'student')}: `start` would undo the compression of earlier stages. Leave it "
+                "out, or move the distill stage before them."
+            )
+    return problems
+
+
+def compresses(stage: Section) -> bool:
+    """Whether the model of a stage is not dense any more."""
+    return isinstance(stage, Compression) or quantizes(stage)
+
+
+def quantizes(stage: Section) -> bool:
+    """Whether a stage leaves a quantized model where it found a float one."""
+    return isinstance(stage, QuantizeStage) or (isinstance(stage, DistillStage) and stage.quantize is not None)
+
+
+def bits_of_training(recipe: Recipe, index: int) -> tuple[Bits, str] | None:
+    """The bits that a stage trains in, and the rule for scales where they name none; None for float weights."""
+    for number in range(index, -1, -1):
+        stage = recipe.stages[number]
+        if isinstance(stage, QuantizeStage):
+            return stage, "least_squares"
+        if isinstance(stage, DistillStage) and stage.quantize is not None:
+            return stage.quantize, "learned"
+    return None
+
+
+def teacher_number(recipe: Recipe, index: int) -> int | None:
+    """Number (from 1) of the stage whose model is the teacher of the distill stage at ``index``; None without one."""
+    wanted = recipe.stages[index].teacher_stage  # type: ignore[union-attr]
+    found = [
+        number
+        for number, other in enumerate(recipe.stages[:index], 1)
+        if other.stage in MODEL_STAGES and wanted in (number - 1, other.stage)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _dense_problems(recipe: Recipe, index: int, stage: ReportStage) -> list[str]:
     names: list[str] = [other.stage for other in recipe.stages]
-    pruned = next((i for i, other in enumerate(recipe.stages) if isinstance(other, Compression)), len(names))
+    pruned = next((i for i, other in enumerate(recipe.stages) if compresses(other)), len(names))
     usable = [number for number, name in enumerate(names[:pruned]) if name in MODEL_STAGES]
     where = recipe.where("stages", index, "dense")
     if isinstance(stage.dense, int):

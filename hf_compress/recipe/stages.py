@@ -17,17 +17,20 @@ from ..errors import HfCompressError
 from ..measurement.latency_table import LatencyTable
 from ..surgery import Plan, factorize, factorize_report, magnitude_scores, select, shrink
 from .folder import RunFolder, write_json
-from .preparation import Prepared
+from .preparation import Prepared, teacher_name
 from .schema import (
     MODEL_STAGES,
-    Compression,
+    DistillStage,
     ExportStage,
     FactorizeStage,
     Method,
     PruneStage,
     PushStage,
+    QuantizeStage,
     Training,
+    compresses,
     scoring_stage,
+    teacher_number,
 )
 
 OUTPUTS_FILE = "logits.safetensors"
@@ -67,11 +70,13 @@ def run_stage(prepared: Prepared, folder: RunFolder, number: int) -> dict[str, A
     stage = prepared.recipe.stages[index]
     partial = folder.begin(number, keep=isinstance(stage, Training))
     if isinstance(stage, Training):
-        return _train(prepared, index, folder.model(index), partial)
+        return _train(prepared, folder, index, partial)
     if isinstance(stage, PruneStage):
         return _prune(prepared, folder, index, partial)
     if isinstance(stage, FactorizeStage):
         return _factorize(prepared, folder, index, partial)
+    if isinstance(stage, QuantizeStage):
+        return _quantize(prepared, folder, index, partial)
     if isinstance(stage, ExportStage):
         return _export(prepared, stage, folder.model(index), partial)
     if isinstance(stage, PushStage):
@@ -83,11 +88,15 @@ def run_stage(prepared: Prepared, folder: RunFolder, number: int) -> dict[str, A
     return report(prepared, folder, index, partial)
 
 
-def _train(prepared: Prepared, index: int, source: Path, partial: Path) -> dict[str, Any]:
+def _train(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
     from .training import train
 
+    stage, teacher, source = prepared.recipe.stages[index], None, folder.model(index)
+    if isinstance(stage, DistillStage):
+        teacher = teacher_of(prepared, folder, index)
+        source = folder.model(0) if stage.student == "start" else source
     model = load_model(prepared, source)
-    callback, history = train(prepared, index, model, partial / "trainer")
+    callback, history = train(prepared, index, model, partial / "trainer", teacher)
     if isinstance(prepared.recipe.stages[index], Method):
         tensors = {f"scores/{name}": value for name, value in callback.scores(model).items()}
         tensors |= {f"support/{name}": mask for name, mask in (callback.kept(model) or {}).items()}
@@ -99,6 +108,12 @@ def _train(prepared: Prepared, index: int, source: Path, partial: Path) -> dict[
         shutil.move(partial / "trainer" / "runs", partial / "runs")
     shutil.rmtree(partial / "trainer", ignore_errors=True)
     return {"stage": prepared.recipe.stages[index].stage, **found}
+
+
+def teacher_of(prepared: Prepared, folder: RunFolder, index: int) -> str:
+    """Where the teacher of a distill stage lies: a folder or a Hub id."""
+    number = teacher_number(prepared.recipe, index)
+    return teacher_name(prepared.recipe, index) if number is None else str(folder.model(number))
 
 
 def validate(prepared: Prepared, model: Any) -> dict[str, float]:
@@ -157,6 +172,31 @@ def _factorize(prepared: Prepared, folder: RunFolder, index: int, partial: Path)
     return {"stage": "factorize", "macs": left.macs, "params": left.params, **found}
 
 
+def calibration_batches(prepared: Prepared, count: int) -> list[dict[str, Tensor]] | None:
+    """The first training images, without augmentation; None for none."""
+    images = prepared.split("train")
+    count = min(count, len(images))
+    return [{"pixel_values": pixels} for pixels in images.pixels(count).split(32)] if count else None
+
+
+def _quantize(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
+    from ..quantization import quantize, stored_bytes
+
+    recipe, stage = prepared.recipe, prepared.recipe.stages[index]
+    assert isinstance(stage, QuantizeStage)
+    model = load_model(prepared, folder.model(index))
+    scheme = stage.scheme()
+    try:
+        quantize(
+            model, scheme, calibration_batches(prepared, stage.calibration_images) if scheme.needs_batches else None
+        )
+    except HfCompressError as error:
+        raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+    found = validate(prepared, model)
+    save_result(prepared, model, partial)
+    return {"stage": "quantize", "bytes": stored_bytes(model), **found}
+
+
 def factorize_by(stage: FactorizeStage, prepared: Prepared, model: Any) -> None:
     """Factorise a model as a stage says; shares are of the recipe's dense model.
 
@@ -167,9 +207,7 @@ def factorize_by(stage: FactorizeStage, prepared: Prepared, model: Any) -> None:
     dense = {"macs": prepared.axes.macs, "params": prepared.axes.params}
     budget = {name: getattr(stage, name) for name in dense if getattr(stage, name) is not None}
     budget = {name: value * dense[name] if value < 1 else value for name, value in budget.items()}
-    images = prepared.split("train")
-    count = min(stage.calibration_images, len(images))
-    batches = [{"pixel_values": pixels} for pixels in images.pixels(count).split(32)] if count else None
+    batches = calibration_batches(prepared, stage.calibration_images)
     factorize(
         model,
         energy=stage.energy,
@@ -279,6 +317,16 @@ def _export(prepared: Prepared, stage: ExportStage, source: Path, partial: Path)
         check_inputs={"pixel_values": pixels},
         tolerance=stage.tolerance,
     )
+    if stage.int8:
+        export_onnx(
+            load_model(prepared, source).eval(),
+            made / "model_int8.onnx",
+            {"pixel_values": pixels[:1]},
+            check_inputs={"pixel_values": pixels},
+            int8=True,
+            calibration=calibration_batches(prepared, stage.calibration_images),
+            min_agreement=stage.min_agreement,
+        )
     return {"stage": "export"}
 
 
@@ -291,7 +339,7 @@ def unpruned_stages(prepared: Prepared) -> list[int]:
     """Numbers of the training stages whose models are dense: nothing was removed or factorised before."""
     numbers = []
     for number, stage in enumerate(prepared.recipe.stages, 1):
-        if isinstance(stage, Compression):
+        if compresses(stage):
             break
         if stage.stage in MODEL_STAGES:
             numbers.append(number)

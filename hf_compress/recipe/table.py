@@ -18,6 +18,8 @@ _ROWS = (
     ("pixel_accuracy", "pixel accuracy"),
     ("params", "parameters"),
     ("macs", "MACs, one image"),
+    ("weights_bits", "bits of weights"),
+    ("activations_bits", "bits of activations"),
     ("bytes", "bytes on disk"),
     ("latency_ms", "PyTorch, ms per image"),
     ("onnx_latency_ms", "ONNX Runtime, ms per image"),
@@ -42,6 +44,15 @@ def comparison(metrics: dict[str, Any], title: str) -> Group:
     lines = [f"reloaded in a new process: {what} {_difference(metrics['reload_max_abs_diff'])}"]
     if metrics["onnx_max_abs_diff"] is not None:
         lines.append(f"ONNX against PyTorch: {what} {_difference(metrics['onnx_max_abs_diff'])}")
+    int8 = metrics.get("int8")
+    if int8 is not None:
+        times = metrics["dense"]["onnx_latency_ms"], int8["latency_ms"]
+        change = _change("int8_ms", *times)
+        speed = "as fast as" if change == "the same" else f"{change} than"
+        lines.append(
+            f"ONNX in int8: {times[1]:.3f} ms per image, {speed} dense float; the same class as "
+            f"PyTorch for {100 * int8['argmax']:.1f} % of {int8['images']} test images"
+        )
     return Group(table, Text("\n".join(lines), style="dim"))
 
 

@@ -16,8 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..errors import ModelError
 from ..methods.checkpoint_names import own_names_in_checkpoints
 from .data import as_batch
-from .preparation import Prepared, method_callback, training_arguments
-from .schema import Training
+from .preparation import Prepared, method_callback, quantization_callback, training_arguments
+from .schema import DistillStage, Training
 
 _COMPLETE = "complete"  # the file that marks a checkpoint as whole
 
@@ -110,8 +110,13 @@ def _drop(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def train(prepared: Prepared, index: int, model: Any, folder: Path) -> tuple[Any, list[dict[str, Any]]]:
+def train(
+    prepared: Prepared, index: int, model: Any, folder: Path, teacher: str | None = None
+) -> tuple[Any, list[dict[str, Any]]]:
     """Train ``model`` in place as stage ``index`` says, with checkpoints in ``folder``.
+
+    Args:
+        teacher: of a distill stage: a folder or a Hub id.
 
     Returns:
         The stage's method callback (None for ordinary training), and Trainer's log.
@@ -125,20 +130,24 @@ def train(prepared: Prepared, index: int, model: Any, folder: Path) -> tuple[Any
     arguments = training_arguments(recipe, index, folder)
     set_seed(arguments.seed)
     callback = method_callback(recipe, index, prepared.example_inputs)
+    callbacks = [found for found in (callback, quantization_callback(recipe, index)) if found is not None]
     images = prepared.training_split(arguments.seed)
     with own_names_in_checkpoints(model):
+        whole = model
+        if isinstance(stage, DistillStage):
+            whole = stage.wrap(model, teacher, prepared.example_inputs)
         trainer = StageTrainer(
-            model=model,
+            model=whole,
             args=arguments,
             train_dataset=images,
             eval_dataset=prepared.split("validation"),
             data_collator=as_batch,
-            callbacks=[callback] if callback is not None else [],
+            callbacks=callbacks,
             milestones=stage.lr_milestones,
             decay=stage.lr_decay,
             **prepared.task.evaluation(prepared.processor),
         )
-        if callback is not None:
+        if callbacks:
             from ..methods.reporting import report_first
 
             report_first(trainer)
