@@ -18,6 +18,7 @@ _HOMES = {
     "DimensionSearchCallback": "methods",
     "DistillationCallback": "methods",
     "FeatureAffinityDistillation": "methods",
+    "EyeRenderer": "data.eyes",
     "HfCompressConfig": "hub",
     "HfCompressError": "errors",
     "L1": "methods",

@@ -15,6 +15,8 @@ OUTPUTS = (
     "class_queries_logits",  # of the MaskFormer kind
     "masks_queries_logits",
     "predicted_depth",
+    "openness",  # of eyes, 0 to 1, and aperture over width
+    "aperture_ratio",
 )
 
 

@@ -31,8 +31,8 @@ __all__ = [
     "SparseGroupCallback",
     "TrainedRankPruningCallback",
     "TransformedL1",
-    "own_names_in_checkpoints",
     "WidthSearchCallback",
+    "own_names_in_checkpoints",
     "penalty_from",
     "report_first",
 ]

@@ -60,11 +60,20 @@ AUTO_CLASSES: dict[str, tuple[str, str, dict[str, str]]] = {
         "DartsSupernetConfig",
         {"AutoModel": "DartsSupernetModel", "AutoModelForImageClassification": "DartsSupernetForImageClassification"},
     ),
+    "eye_openness": (
+        "hf_compress.models.eye_openness",
+        "EyeOpennessConfig",
+        {"AutoModel": "EyeOpennessForRegression"},
+    ),
     "sidt": ("hf_compress.models.sidt", "SidtConfig", {"AutoModelForObjectDetection": "SidtForObjectDetection"}),
 }
 """``model_type`` -> (package, configuration class, {Auto class: model class}): what transformers' Auto classes learn."""
 
-IMAGE_PROCESSORS = {"afidaf": "AfidafImageProcessor", "sidt": "SidtImageProcessor"}
+IMAGE_PROCESSORS = {
+    "afidaf": "AfidafImageProcessor",
+    "eye_openness": "EyeOpennessImageProcessor",
+    "sidt": "SidtImageProcessor",
+}
 """``model_type`` -> image processor in the same package, for models that need one of their own."""
 
 
