@@ -68,6 +68,13 @@ def _register_image_processors() -> None:
         AutoImageProcessor.register(_load(package, config_class), image_processor_classes=classes, exist_ok=True)
 
 
+def _register_pipelines() -> None:
+    if _is_complete(
+        _PIPELINE
+    ):  # it imports transformers.pipelines; where it came first, its own hook comes when it is done
+        _load(_PIPELINE, "register")()
+
+
 def _load(package: str, name: str) -> Any:
     return getattr(import_module(package), name)
 
@@ -81,11 +88,14 @@ _OWN_MODELING = (
 )
 _QUANTIZERS = "transformers.quantizers.auto"
 _OWN_QUANTIZER = f"{__package__}.hub.quantizer"
+_PIPELINE = f"{__package__}.applications.eye_openness.pipeline"
 _HOOKS: dict[str, Callable[[], None]] = {
     _QUANTIZERS: _register_quantizer,
     _OWN_QUANTIZER: _register_quantizer,
     "transformers.models.auto.configuration_auto": _register_configurations,
     "transformers.models.auto.image_processing_auto": _register_image_processors,
+    "transformers.pipelines": _register_pipelines,
+    _PIPELINE: _register_pipelines,
     _MODELING: _register_models,
     _MODELING_LAYERS: _register_models,
     _MODELING_AUTO: _register_models,

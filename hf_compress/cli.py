@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
-from .errors import CheckpointError, HfCompressError, ModelError
+from .errors import CheckpointError, DataError, HfCompressError, ModelError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -262,6 +262,66 @@ def push(
         from .hub.upload import push as push_folder
 
         _console().print(push_folder(folder, repo, private=private), highlight=False, markup=False)
+
+
+@app.command("eye-openness")
+def eye_openness(
+    source: Annotated[
+        str, typer.Argument(help="A video, a picture, a folder of pictures, or camera:0.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="A folder or Hub id of the model, or its .onnx file.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder of the tables and plots.", show_default=False)],
+    eyes: Annotated[
+        Path | None, typer.Option(help="Places of the eyes as CSV or JSON, in place of a face detector.")
+    ] = None,
+    detector: Annotated[str, typer.Option(help="auto, yuface, yunet or mediapipe.")] = "auto",
+    detector_model: Annotated[Path | None, typer.Option(help="Model file, for yunet and mediapipe.")] = None,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Also write frames with the eyes framed.")] = False,
+    whole_clip: Annotated[
+        bool, typer.Option("--whole-clip", help="The person's levels from all frames, not from those before.")
+    ] = False,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, where the file does not say.")] = None,
+    window: Annotated[float, typer.Option(help="Seconds that PERCLOS looks back.")] = 60.0,
+    count_blinks: Annotated[bool, typer.Option("--count-blinks", help="PERCLOS counts blinks as well.")] = False,
+    seconds: Annotated[float, typer.Option(help="How long a camera records.")] = 30.0,
+) -> None:
+    """Openness of eyes: a curve, blinks and PERCLOS of a video; a table of photographs. Not a medical or safety device."""
+    with _errors():
+        import re
+
+        from .applications.eye_openness import EyeReader, GivenEyes, Normalisation, run_eye_openness
+        from .applications.eye_openness import locator as find_locator
+
+        camera = re.fullmatch(r"camera:(\d+)", source)
+        place: str | int = int(camera[1]) if camera else source
+        if not camera and not Path(source).expanduser().exists():
+            raise DataError(f"there is no file or folder {source}.")
+        locate = GivenEyes.from_file(eyes) if eyes is not None else find_locator(detector, detector_model)
+        reader = EyeReader.from_pretrained(model)
+        found = run_eye_openness(
+            place,
+            reader,
+            locate,
+            output,
+            how=Normalisation(whole_clip=whole_clip),
+            fps=fps,
+            window=window,
+            exclude_blinks=not count_blinks,
+            overlay=overlay,
+            seconds=seconds,
+        )
+        console = _console()
+        for note in found.notes:
+            console.print(f"note: {note}", highlight=False, markup=False)
+        if found.tracks is not None:
+            for name, value in found.tracks.summary.items():
+                shown = "not known" if value != value else f"{value:.4g}"
+                console.print(f"{name.replace('_', ' '):<24}{shown:>12}", highlight=False)
+        elif found.best is not None:
+            console.print(f"eyes are most open in {found.best}", highlight=False, markup=False)
+        console.print(
+            f"wrote {', '.join(path.name for path in found.files)} in {output}", highlight=False, markup=False
+        )
 
 
 @contextmanager

@@ -26,6 +26,8 @@ class _Task:
     call: str
     figures: Mapping[str, tuple[str, str]]  # key in metrics.json -> the Hub's type of the metric, name
     outputs: str
+    is_share: bool = True  # figures are shares, shown in percent
+    pipeline_tag: str | None = None  # where the Hub has none of the task's name, an empty one
 
 
 _TASKS = {
@@ -56,6 +58,21 @@ _TASKS = {
         {"mean_iou": ("mean_iou", "mIoU"), "pixel_accuracy": ("accuracy", "Pixel accuracy")},
         "any logit",
     ),
+    "eye-openness": _Task(
+        "Eye Openness",
+        "model of eye openness",
+        "AutoModel",
+        "read",
+        {
+            "mae": ("mae", "Mean absolute error"),
+            "mae_middle": ("mae", "Mean absolute error, half-open eyes"),
+            "pearson": ("pearsonr", "Pearson correlation"),
+            "auc": ("roc_auc", "Open against closed (AUC)"),
+        },
+        "any output",
+        is_share=False,
+        pipeline_tag="",
+    ),
 }
 _FIGURES = (  # key in metrics.json, row of the table, whether the value takes k, M, G, unit
     ("params", "Parameters", True, ""),
@@ -81,7 +98,7 @@ class CardContent:
         dataset_name: for readers.
         dataset_id: the Hub's id, or the name of a data set that is elsewhere.
         dataset_split: on which these were measured.
-        task: ``image-classification``, ``object-detection`` or ``image-segmentation``.
+        task: ``image-classification``, ``object-detection``, ``image-segmentation`` or ``eye-openness``.
         dataset_is_on_hub: whether ``dataset_id`` may be linked from the metadata.
         description: a sentence or two about this model.
         architecture: class or family of the model.
@@ -92,6 +109,7 @@ class CardContent:
         onnx_max_abs_diff: largest difference of any output between ONNX Runtime and PyTorch.
         int8: of model_int8.onnx: ``latency_ms``, ``argmax`` (share of images with PyTorch's class), ``images`` and
             ``relative_difference`` of logits.
+        notes: sentences on limits and fairness.
         plots: file name of a picture in the card's folder -> what it shows.
         recipe: the recipe as YAML.
         machine: what the times were measured on, see :func:`hf_compress.measurement.describe_machine`.
@@ -116,6 +134,7 @@ class CardContent:
     reload_max_abs_diff: float | None = None
     onnx_max_abs_diff: float | None = None
     int8: Mapping[str, float] | None = None
+    notes: Sequence[str] = ()
     plots: Mapping[str, str] = field(default_factory=dict)
     recipe: str = ""
     machine: str = ""
@@ -181,7 +200,7 @@ def _metadata(card: CardContent) -> str:
         library_name="transformers",
         license=card.license,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        pipeline_tag=card.task,
+        pipeline_tag=(card.task if task.pipeline_tag is None else task.pipeline_tag) or None,
         tags=["hf_compress", "pruning", "model-compression", *methods, *card.tags],
     )
     return data.to_yaml().strip()
@@ -190,7 +209,7 @@ def _metadata(card: CardContent) -> str:
 def _body(card: CardContent) -> str:
     parts = [f"# {_plain(card.title)}", _introduction(card), _table(card)]
     parts += [f"![{_plain(caption)}]({quote(path)})\n\n*{_plain(caption)}*" for path, caption in card.plots.items()]
-    parts += [_usage(card), _checks(card), _measuring(card), _recipe(card)]
+    parts += [_limits(card), _usage(card), _checks(card), _measuring(card), _recipe(card)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -219,6 +238,9 @@ def _table(card: CardContent) -> str:
     for key, (_, name) in _TASKS[card.task].figures.items():
         dense, compressed = card.dense.get(key), card.compressed.get(key)
         if dense is not None and compressed is not None:
+            if not _TASKS[card.task].is_share:
+                rows.append((name, f"{dense:.4f}", f"{compressed:.4f}", f"{compressed - dense:+.4f}"))
+                continue
             change = f"{100 * (compressed - dense):+.2f}{_SPACE}pt"
             rows.append((name, f"{100 * dense:.2f}{_SPACE}%", f"{100 * compressed:.2f}{_SPACE}%", change))
     for key, name, is_scaled, unit in _FIGURES:
@@ -234,6 +256,10 @@ def _table(card: CardContent) -> str:
     lines = ["| | Dense | Small | Ratio |", "|:--|--:|--:|--:|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
+
+
+def _limits(card: CardContent) -> str:
+    return "\n".join(["## Limits", "", *(f"- {_plain(note)}" for note in card.notes)]) if card.notes else ""
 
 
 def _usage(card: CardContent) -> str:

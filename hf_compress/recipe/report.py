@@ -236,7 +236,7 @@ def write_readme(
     from .data import local_folder
 
     recipe = prepared.recipe
-    builtin = {"digits": "scikit-learn digits", "scenes": "composed scenes"}
+    builtin = {"digits": "scikit-learn digits", "scenes": "composed scenes", "rendered_eyes": "rendered eyes"}
     is_builtin = recipe.data.name in builtin
     is_on_hub = not is_builtin and local_folder(recipe, recipe.data.name) is None
     base = recipe.model.pretrained
@@ -259,6 +259,7 @@ def write_readme(
             onnx_max_abs_diff=metrics["onnx_max_abs_diff"],
             int8=metrics.get("int8"),
             plots=pictures,
+            notes=prepared.task.notes(metrics),
             recipe=recipe.as_yaml(),
             machine=machine,
             latency_rounds=stage.latency_rounds,

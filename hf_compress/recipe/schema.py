@@ -100,6 +100,32 @@ class ScenesSection(Section):
     max_hidden: float = 0.6
 
 
+class EyesSection(Section):
+    """Rendered eyes for eye openness; see :mod:`hf_compress.data.eyes`.
+
+    Attributes:
+        train: eyes with exact labels.
+        weak: eyes of the other style with the label open or closed alone; 0 for none.
+        folder: a folder of yours with ``open/`` and ``closed/``, in place of ``weak``.
+        validation: eyes in the style of ``train``, with exact labels.
+        test: eyes of the other style, with exact labels.
+        shift: ``mild``, or ``hard`` for a coarse, grey, noisy camera in the other style.
+        closed_share: of ``weak``.
+        seed: other eyes; does not follow the recipe's seed.
+        augment: whether training crops are moved, turned and changed as by other cameras.
+    """
+
+    train: Positive = 20_480
+    weak: Annotated[int, Field(ge=0)] = 6000
+    folder: str | None = None
+    validation: Positive = 1000
+    test: Positive = 2000
+    shift: Literal["mild", "hard"] = "mild"
+    closed_share: Share = 0.4
+    seed: Annotated[int, Field(ge=0)] = 0
+    augment: bool = True
+
+
 class DataSection(Section):
     """Which images to train and test on.
 
@@ -115,6 +141,7 @@ class DataSection(Section):
             masks, when not given.
         ignore_label: of segmentation: value of a mask's pixels that have no label.
         scenes: what ``name: scenes`` composes.
+        eyes: what ``name: rendered_eyes`` renders, for eye openness.
         train_split, validation_split, test_split: names of splits; found when not given.
         validation_share: share of the training images held out when the data set has no validation split.
         test_share: the same for the test split.
@@ -136,6 +163,7 @@ class DataSection(Section):
     class_names: Annotated[list[str], Field(min_length=2, max_length=255)] | None = None
     ignore_label: Annotated[int, Field(ge=0, le=65535)] = 255
     scenes: ScenesSection | None = None
+    eyes: EyesSection | None = None
     train_split: str | None = None
     validation_split: str | None = None
     test_split: str | None = None
@@ -691,7 +719,8 @@ class Recipe(Section):
 
     Attributes:
         name: of the run; the default output is ``runs/<name>``.
-        task: what the model does: ``image-classification``, ``object-detection`` or ``image-segmentation`` (semantic).
+        task: what the model does: ``image-classification``, ``object-detection``, ``image-segmentation`` (semantic) or
+            ``eye-openness``.
         description: a sentence or two for the model card.
         seed: of weights, data order and augmentation.
         output: folder of the result, relative to the working directory.
@@ -700,7 +729,9 @@ class Recipe(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    task: Literal["image-classification", "object-detection", "image-segmentation"] = "image-classification"
+    task: Literal["image-classification", "object-detection", "image-segmentation", "eye-openness"] = (
+        "image-classification"
+    )
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output: str | None = None
@@ -753,7 +784,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
     except ValidationError as error:
         raise RecipeError("\n".join(_message(source, detail) for detail in error.errors())) from None
     loaded._source = source
-    problems = [*_task_problems(loaded), *_training_problems(loaded), *_order_problems(loaded)]
+    checks = (_task_problems, _stage_problems, _training_problems, _order_problems)
+    problems = [problem for check in checks for problem in check(loaded)]
     if problems:
         raise RecipeError("\n".join(problems))
     return loaded
@@ -775,7 +807,9 @@ def _message(source: Source, detail: ErrorDetails) -> str:
     elif len(location) > 1:
         sections: dict[str, type[Section]] = {"model": ModelSection, "data": DataSection}
         owner = sections.get(str(location[0]))
-        owner = ScenesSection if location[:2] == ["data", "scenes"] and len(location) > 2 else owner
+        parts: dict[str, type[Section]] = {"scenes": ScenesSection, "eyes": EyesSection}
+        if location[0] == "data" and len(location) > 2:
+            owner = parts.get(str(location[1]), owner)
     kind = detail["type"]
     known = list(owner.model_fields) if owner else []
     if kind == "extra_forbidden":
@@ -846,6 +880,13 @@ def _training_problems(recipe: Recipe) -> list[str]:
 def _task_problems(recipe: Recipe) -> list[str]:
     """Fields that mean nothing for the recipe's task."""
     given, name = recipe.data.model_fields_set, recipe.data.name
+    if recipe.task == "eye-openness":
+        return _eye_problems(recipe)
+    if name == "rendered_eyes" or "eyes" in given:
+        field = "name" if name == "rendered_eyes" else "eyes"
+        return [
+            f"{recipe.where('data', field)}: rendered eyes are for the task eye-openness; the recipe's is {recipe.task}."
+        ]
     of_detection = dict.fromkeys(("objects_column", "box_format"), "there are no boxes")
     of_segmentation = dict.fromkeys(("mask_column", "class_names", "ignore_label"), "there are no masks")
     reasons = {
@@ -876,16 +917,40 @@ def _task_problems(recipe: Recipe) -> list[str]:
     elif recipe.task == "image-segmentation" and name == "scenes":
         known = "scenes know their own classes and masks. Leave it out."
         problems |= {field: f"is not for scenes: {known}" for field in of_segmentation if field in given}
-    found = [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
+    return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
+
+
+def _eye_problems(recipe: Recipe) -> list[str]:
+    """Fields that mean nothing for eye openness, whose data come from ``data.eyes`` alone."""
+    possible = {"name", "eyes", "split_seed", "train_limit", "validation_limit", "test_limit"}
+    problems = {
+        field: f"is not for eye-openness. Leave it out; `eyes` says what is rendered. Possible: {', '.join(sorted(possible))}."
+        for field in sorted(recipe.data.model_fields_set - possible)
+    }
+    if recipe.data.name != "rendered_eyes":
+        problems["name"] = (
+            f"{recipe.data.name!r} is not for eye-openness: eyes are rendered. Set `name: rendered_eyes`, and give open and "
+            "closed eyes of your own with `eyes: {folder: ...}`."
+        )
+    eyes = recipe.data.eyes
+    if eyes is not None and eyes.folder is not None and "weak" in eyes.model_fields_set:
+        problems["eyes"] = "has both `weak` and `folder`; the folder takes the place of the rendered weak labels."
+    return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
+
+
+def _stage_problems(recipe: Recipe) -> list[str]:
+    """Stages, and fields of stages, that the recipe's task does not have."""
+    if recipe.task == "image-classification":
+        return []
+    found = []
     for index, stage in enumerate(recipe.stages):
-        if recipe.task != "image-classification" and isinstance(stage, DistillStage):
-            found.append(
-                f"{recipe.where('stages', index)}: distill compares classifiers; the recipe's task is {recipe.task}."
-            )
-        if recipe.task != "image-classification" and isinstance(stage, ExportStage) and stage.int8:
-            found.append(
-                f"{recipe.where('stages', index, 'int8')}: is for classifiers; the recipe's task is {recipe.task}."
-            )
+        if isinstance(stage, DistillStage):
+            where, what = recipe.where("stages", index), "distill compares classifiers"
+        elif isinstance(stage, ExportStage) and stage.int8:
+            where, what = recipe.where("stages", index, "int8"), "it is for classifiers"
+        else:
+            continue
+        found.append(f"{where}: {what}; the recipe's task is {recipe.task}.")
     return found
 
 

@@ -10,12 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 _SHARES = ("accuracy", "map", "map_50", "mean_iou", "pixel_accuracy")
+_PLAIN = ("mae", "pearson", "auc")
 _ROWS = (
     ("accuracy", "accuracy (test images)"),
     ("map", "mAP (test images)"),
     ("map_50", "mAP at overlap 0.5"),
     ("mean_iou", "mIoU (test images)"),
     ("pixel_accuracy", "pixel accuracy"),
+    ("mae", "mean absolute error"),
+    ("pearson", "correlation (Pearson)"),
+    ("auc", "open against closed (AUC)"),
     ("params", "parameters"),
     ("macs", "MACs, one image"),
     ("weights_bits", "bits of weights"),
@@ -59,12 +63,16 @@ def comparison(metrics: dict[str, Any], title: str) -> Group:
 def _number(key: str, value: float) -> str:
     if key in _SHARES:
         return f"{100 * value:.2f} %"
+    if key in _PLAIN:
+        return f"{value:.4f}"
     return f"{value:.3f}" if key.endswith("_ms") else f"{value:,}"
 
 
 def _change(key: str, dense: float, small: float) -> str:
     if key in _SHARES:
         return f"{100 * (small - dense):+.2f} points"
+    if key in _PLAIN:
+        return f"{small - dense:+.4f}"
     share = small / dense if dense else 1.0
     verb = "faster" if key.endswith("_ms") else "smaller"
     opposite = "slower" if verb == "faster" else "larger"

@@ -88,6 +88,14 @@ class Task(ABC):
     def measure(self, model: Any, split: Any) -> dict[str, float]:
         """The figures of a model on a split, in evaluation mode, on the best device that there is."""
 
+    def callbacks(self, model: Any) -> list[Any]:
+        """Callbacks of Trainer that this model needs for every training."""
+        return []
+
+    def notes(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Sentences that the model card has to say about this task's models, with the figures in ``metrics``."""
+        return []
+
     def draw(self, prepared: Prepared, models: Mapping[str, Any], folder: Path) -> dict[str, str]:
         """Pictures of what the dense and the compressed model say.
 
@@ -307,17 +315,100 @@ class SemanticSegmentation(Task):
         return {file.name: "The class of every pixel of test images: as labelled, and as the two models say."}
 
 
+class EyeOpenness(Task):
+    """How far an eye is open, from exact labels of rendered eyes and weak labels of others."""
+
+    name = "eye-openness"
+    auto = ""
+    figures = ("agreement", "pearson", "auc")
+    measured = "agreement (1 - mean absolute error)"
+    examples = "eye_openness"
+    eval_batch_size = 256
+    check_images = 64
+    arguments: ClassVar[Mapping[str, Any]] = {"label_names": ["openness"]}
+
+    def model_types(self) -> Any:
+        from ..models.eye_openness import EyeOpennessConfig, EyeOpennessForRegression
+
+        return {EyeOpennessConfig: EyeOpennessForRegression}
+
+    def load_data(self, recipe: Recipe) -> RawData[Any]:
+        from .eye_data import load_eye_data
+
+        return load_eye_data(recipe)
+
+    def split(self, raw: Any, processor: Any, data: RawData[Any]) -> Any:
+        from .eye_data import EyeSplit
+
+        return EyeSplit(raw, processor)
+
+    def training_split(self, recipe: Recipe, processor: Any, data: RawData[Any], seed: int) -> Any:
+        from ..data.eyes.augmentation import EyeAugmentation
+        from .eye_data import EyeSplit
+
+        is_augmented = recipe.data.eyes is None or recipe.data.eyes.augment
+        return EyeSplit(data.train, processor, EyeAugmentation() if is_augmented else None, seed)
+
+    def new_processor(self, model: Any, **settings: Any) -> Any:
+        from ..models.eye_openness import EyeOpennessImageProcessor
+
+        return EyeOpennessImageProcessor(**settings)
+
+    def callbacks(self, model: Any) -> list[Any]:
+        from ..models.eye_openness import ReversalSchedule
+
+        return [ReversalSchedule()] if model.config.loss_weights["domain"] > 0 else []
+
+    def evaluation(self, processor: Any) -> dict[str, Any]:
+        from ..measurement.eye_openness import compute_openness_metrics, openness_alone
+
+        return {"compute_metrics": compute_openness_metrics, "preprocess_logits_for_metrics": openness_alone}
+
+    def measure(self, model: Any, split: Any) -> dict[str, float]:
+        from ..measurement.eye_openness import fairness_metrics, openness_metrics
+
+        found, labels = [], []
+        for batch, output in _answers(model, split, self.eval_batch_size, inputs=("pixel_values",)):
+            found.append(output.openness[:, 0].float().cpu().numpy())
+            labels.append(batch["openness"][:, 0].numpy())
+        predicted, openness = np.concatenate(found), np.concatenate(labels)
+        figures = openness_metrics(predicted, openness)
+        if split.raw.melanin is not None:
+            figures |= fairness_metrics(predicted, openness, split.raw.melanin)
+        return {"agreement": 1 - figures["mae"], **figures}
+
+    def notes(self, metrics: Mapping[str, Any]) -> list[str]:
+        small = metrics["compressed"]
+        lines = [
+            "Not a medical and not a safety device. Nobody's fitness to drive or to work follows from what it says.",
+            "Accuracy on real faces was not measured: training and test images are rendered, the test images in a style of "
+            "which training had no exact labels. A rendered style is not the real world.",
+            "Openness is relative to a person's widest opening, which a single picture does not show; a curve has to be "
+            "normalised for each person.",
+            "Weak points to expect: heads turned by more than 30 degrees, sunglasses, strong reflections, infrared pictures.",
+        ]
+        if "melanin_gap" in small:
+            thirds = ", ".join(f"{name} {small[f'mae_{name}']:.3f}" for name in ("light", "medium", "dark"))
+            lines.insert(
+                1, f"Mean absolute error by thirds of skin tone: {thirds}; difference {small['melanin_gap']:.3f}."
+            )
+        return lines
+
+
 _DRAWN = 0.4  # lowest score of a detection that is drawn
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ImageClassification(), ObjectDetection(), SemanticSegmentation())
+    task.name: task for task in (ImageClassification(), ObjectDetection(), SemanticSegmentation(), EyeOpenness())
 }
 
 
 @torch.no_grad()
-def _answers(model: Any, split: Any, batch_size: int) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Every batch of a split and what the model says about it."""
+def _answers(
+    model: Any, split: Any, batch_size: int, inputs: tuple[str, ...] | None = None
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Every batch of a split and what the model says about its ``inputs`` (all but the labels when not given)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     for start in range(0, len(split), batch_size):
         batch = split.__getitems__(range(start, min(start + batch_size, len(split))))
-        yield batch, model(**{name: value.to(device) for name, value in batch.items() if name != "labels"})
+        names = [name for name in batch if name != "labels"] if inputs is None else inputs
+        yield batch, model(**{name: batch[name].to(device) for name in names})

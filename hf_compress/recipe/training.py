@@ -87,7 +87,7 @@ class QuietBar(ProgressCallback):
         if self.training_bar is not None:
             shown = {
                 name: logs[name]
-                for name in ("loss", "eval_accuracy", "eval_map", "eval_mean_iou", "sparsity")
+                for name in ("loss", "eval_accuracy", "eval_map", "eval_mean_iou", "eval_mae", "sparsity")
                 if name in logs
             }
             if "train_runtime" not in logs:
@@ -142,7 +142,7 @@ def train(
             train_dataset=images,
             eval_dataset=prepared.split("validation"),
             data_collator=as_batch,
-            callbacks=callbacks,
+            callbacks=[*prepared.task.callbacks(model), *callbacks],
             milestones=stage.lr_milestones,
             decay=stage.lr_decay,
             **prepared.task.evaluation(prepared.processor),

@@ -284,6 +284,8 @@ class EyeOpennessForRegression(EyeOpennessPreTrainedModel):
                 f"{'x'.join(map(str, [config.num_channels, *config.image_size]))}. "  # type: ignore[misc]
                 "Use EyeOpennessImageProcessor."
             )
+        if config.num_domains == 1:
+            domain_ids = None  # there is nothing that could differ between domains
         if domain_ids is not None:
             domain_ids = domain_ids.reshape(-1)
             if bool((domain_ids < 0).any()) or bool((domain_ids >= config.num_domains).any()):

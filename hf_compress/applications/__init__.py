@@ -1,0 +1,1 @@
+"""What trained models are used for: from pictures and videos to tables, events and plots."""
