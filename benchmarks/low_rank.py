@@ -364,8 +364,8 @@ def plot(rows: list[Record], path: Path) -> None:
 
 
 def report(bench: LowRankBench, choice: Choice, results: Path, name: str) -> None:
-    records = bench.records
     rows = summary(bench, choice)
+    if not rows:
         print("nothing to report yet")
         return
     minutes = {
