@@ -126,7 +126,7 @@ def train(prepared: Prepared, index: int, model: Any, folder: Path) -> tuple[Any
         trainer = StageTrainer(
             model=model,
             args=arguments,
-            train_dataset=images,
+            train_dataset=callback.halve(images) if hasattr(callback, "halve") else images,
             eval_dataset=prepared.split("validation"),
             data_collator=as_batch,
             callbacks=[callback] if callback is not None else [],
