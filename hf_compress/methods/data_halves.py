@@ -14,6 +14,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from hf_compress.errors import DataError
 
 
+def half_sizes(size: int, split: float) -> tuple[int, int]:
+    """How many of ``size`` items are in the two parts.
+
+    Raises:
+        DataError: when a part would be empty.
+    """
+    first = round(split * size)
+    if not 0 < first < size:
+        empty = "training" if first == 0 else "validation"
+        raise DataError(f"split={split!r} of {size} items leaves the {empty} half empty. Use a share nearer to 0.5.")
+    return first, size - first
+
+
 def split_halves(dataset: Any, split: float, seed: int) -> tuple[Any, Any]:
     """Two parts of a data set that have no item in common.
 
@@ -34,10 +47,7 @@ def split_halves(dataset: Any, split: float, seed: int) -> tuple[Any, Any]:
             "the other as validation_dataset=."
         )
     size = len(dataset)
-    first = round(split * size)
-    if not 0 < first < size:
-        empty = "training" if first == 0 else "validation"
-        raise DataError(f"split={split!r} of {size} items leaves the {empty} half empty. Use a share nearer to 0.5.")
+    first, _ = half_sizes(size, split)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
     parts = sorted(order[:first]), sorted(order[first:])
     if hasattr(dataset, "select") and hasattr(dataset, "column_names"):

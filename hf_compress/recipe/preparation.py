@@ -25,12 +25,12 @@ from ..measurement.latency_table import LatencyTable
 from ..surgery import magnitude_scores
 from .data import RawData, local_folder
 from .schema import (
-    Compression,
+    ArchitectureSearchStage,
+    DeriveStage,
     DistillStage,
     FactorizeStage,
     Method,
     PruneStage,
-    QuantizeStage,
     Recipe,
     TrainedRankPruningStage,
     Training,
@@ -109,14 +109,18 @@ def prepare(recipe: Recipe) -> Prepared:
     for index, stage in enumerate(recipe.stages):
         if isinstance(stage, Training):
             arguments = training_arguments(recipe, index, Path("unused"))
-            prepared.steps[index] = number_of_steps(arguments, len(data.train))
+            try:
+                prepared.steps[index] = number_of_steps(arguments, stage.images(len(data.train)))
+            except DataError as error:
+                raise DataError(f"{recipe.where('stages', index)}: {error}") from error
     for index, stage in enumerate(recipe.stages):
         if quantizes(stage):
             _check_bits(prepared, index)
         if isinstance(stage, DistillStage):
             _check_teacher(prepared, index)
-    acts_on_axes = (Compression, Method, TrainedRankPruningStage)
-    if any(isinstance(stage, acts_on_axes) and not isinstance(stage, QuantizeStage) for stage in recipe.stages):
+    _check_search(prepared)
+    needs_axes = (FactorizeStage, PruneStage, Method, TrainedRankPruningStage)
+    if any(isinstance(stage, needs_axes) for stage in recipe.stages):
         prepared.axes = find_axes(model, prepared.example_inputs)
         _check_budgets(prepared)
     return prepared
@@ -475,6 +479,46 @@ def _check_same_images(prepared: Prepared, teacher: str) -> None:
                 f"student and teacher see the same images, and the teacher's image processor has {name}={list(theirs)} "
                 f"where the recipe's has {list(ours)}. Set data.{name} to the teacher's."
             )
+
+
+def _check_search(prepared: Prepared) -> None:
+    """See that there is an architecture to search, and that the network which it chooses could be built."""
+    recipe, model = prepared.recipe, prepared.model
+    for index, stage in enumerate(recipe.stages):
+        try:
+            if isinstance(stage, ArchitectureSearchStage):
+                from ..methods.architecture_search import architecture_of
+
+                architecture_of(model, stage.architecture)
+            elif isinstance(stage, DeriveStage):
+                derived = derive_by(stage, model)
+                prepared.goals[index] = f"{type(derived).__name__}, with cells that the search chooses"
+        except HfCompressError as error:
+            raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+
+
+def derive_by(stage: DeriveStage, model: Any) -> Any:
+    """The network that a searched model chooses now.
+
+    Raises:
+        ModelError: when it is no supernet, or the stage's configuration is impossible.
+    """
+    if not callable(getattr(model, "derive", None)):
+        raise ModelError(
+            f"{type(model).__name__} has no method derive(), which makes the network that was searched. Search a supernet, "
+            "for example model.config.model_type: darts_supernet."
+        )
+    try:
+        derived = model.derive(**stage.config)
+        known = [name for name in dir(type(derived.config)()) if not name.startswith("_")]
+        for name in stage.config:
+            if name not in [*known, "num_labels"]:
+                raise ModelError(f"{type(derived.config).__name__} has no {name!r}.{closest(name, known)}")
+        return derived
+    except HfCompressError:
+        raise
+    except Exception as error:  # strict configurations raise errors of their own
+        raise ModelError(f"no network can be derived with {stage.config}: {_first_line(error)}") from error
 
 
 def _check_budgets(prepared: Prepared) -> None:

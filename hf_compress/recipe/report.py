@@ -15,7 +15,15 @@ from ..surgery import Plan
 from .folder import RunFolder, write_json
 from .preparation import Prepared, method_callback
 from .reload import reload_difference
-from .schema import MODEL_STAGES, DistillStage, Method, PushStage, ReportStage, SparseGroupStage
+from .schema import (
+    MODEL_STAGES,
+    ArchitectureSearchStage,
+    DistillStage,
+    Method,
+    PushStage,
+    ReportStage,
+    SparseGroupStage,
+)
 from .stages import OUTPUTS_FILE, load_model, teacher_of, test_pixels, unpruned_stages
 
 _INT8_IMAGES = 1000
@@ -174,6 +182,9 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
             ]
             plot_group_norms(made / "group_norms.png", *norms)
             pictures["group_norms.png"] = "Size of the groups of weights before and after training with sparse groups."
+        if isinstance(stage, ArchitectureSearchStage):
+            entries = json.loads(history.read_text(encoding="utf-8"))
+            pictures |= _draw_search(load_model(prepared, folder.model(number)), entries, made)
     return pictures
 
 
@@ -204,6 +215,31 @@ def _draw_distillation(prepared: Prepared, folder: RunFolder, index: int, made: 
             "Which pixels of a test image have alike features, to the teacher and to the student."
         )
     return pictures
+
+
+def _draw_search(supernet: Any, history: list[dict[str, Any]], made: Path) -> dict[str, str]:
+    """How the architecture came about; nothing where its matrices are no lists of one set of operators."""
+    from ..measurement.plots_search import plot_architecture
+    from ..models.darts.genotype_darts import choose, edges_of
+
+    matrices = [entry["architecture"] for entry in history if entry.get("architecture")]
+    if not matrices or any(not isinstance(row, list) for rows in matrices[0].values() for row in rows):
+        return {}
+    config = supernet.config
+    if supernet.config.model_type != "darts_supernet":
+        plot_architecture(made / "architecture.png", history)
+    else:
+        edges = edges_of(config.nodes)
+
+        def kept(weights: list[list[float]]) -> list[int]:
+            cell = choose(weights, config.nodes, config.operators, config.edges_per_node)
+            return [edges.index((source, target)) for target, node in enumerate(cell) for _, source in node]
+
+        names = [f"{source}\N{RIGHTWARDS ARROW}{target + 2}" for source, target in edges]
+        plot_architecture(made / "architecture.png", history, config.operators, names, kept)
+    return {
+        "architecture.png": "The operator that leads on every edge while searching; pale where the edge is left out."
+    }
 
 
 def _draw_ranks(folders: list[Path], made: Path) -> dict[str, str]:

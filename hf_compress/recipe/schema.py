@@ -24,6 +24,7 @@ from .source import Source, closest, dotted, read_source
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
 
 # Settings of TrainingArguments that a recipe says elsewhere, or that the runner needs for itself.
 _RESERVED = {
@@ -213,6 +214,10 @@ class Training(Section):
         """
         return None
 
+    def images(self, available: int) -> int:
+        """How many of the training images one epoch goes through."""
+        return available
+
 
 class TrainStage(Training):
     """Ordinary training."""
@@ -345,6 +350,106 @@ class DimensionSearchStage(Method):
             inexact=self.inexact,
             min_keep=self.min_keep,
             lr_factor=self.lr_factor,
+            example_inputs=example_inputs,
+        )
+
+
+class Halves(Training):
+    """What both searches that split the training images into two halves may say.
+
+    Attributes:
+        method: ``rarts``, ``darts`` or ``darts-second-order``.
+        split: share of the training images in the training half.
+        training_weight: lambda of RARTS, or first and last of a schedule.
+        coupling: beta of RARTS; likewise.
+        passes: ``shared`` (two passes in a step) or ``fresh`` (four), of RARTS.
+        architecture_lr: learning rate of the architecture variables.
+        warmup: steps before they move; below 1, a share of all steps.
+    """
+
+    method: Literal["rarts", "darts", "darts-second-order"] = "rarts"
+    split: Share = 0.5
+    training_weight: PositiveNumber | tuple[PositiveNumber, PositiveNumber] = 1.0
+    coupling: PositiveNumber | tuple[PositiveNumber, PositiveNumber] = 1.0
+    passes: Literal["shared", "fresh"] = "shared"
+    architecture_lr: PositiveNumber = 3e-4
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+
+    def images(self, available: int) -> int:
+        from ..methods.data_halves import half_sizes
+
+        return half_sizes(available, self.split)[0]
+
+
+class ArchitectureSearchStage(Halves):
+    """Training of a supernet that searches its architecture; a ``derive`` stage behind it makes the discrete network (see
+    ``ArchitectureSearchCallback``).
+
+    Attributes:
+        architecture: glob pattern or patterns of the architecture parameters' names; those that the model names when not
+            given.
+        architecture_weight_decay: of the architecture variables.
+    """
+
+    stage: Literal["architecture_search"]
+    architecture: str | list[str] | None = None
+    architecture_weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.ArchitectureSearchCallback(
+            self.method,
+            split=self.split,
+            training_weight=self.training_weight,
+            coupling=self.coupling,
+            passes=self.passes,
+            architecture=self.architecture,
+            architecture_lr=self.architecture_lr,
+            architecture_weight_decay=self.architecture_weight_decay,
+            warmup=self.warmup,
+        )
+
+
+class WidthSearchStage(Halves, Method):
+    """Training that searches widths with the solver of the architecture search (see ``WidthSearchCallback``).
+
+    Attributes:
+        strength: weight of the penalty, or kind -> weight.
+        target: as in ``dimension_search``.
+        penalty, parameters, kinds, inexact, min_keep: likewise; without kinds, all axes whose removal is exact.
+    """
+
+    decides: ClassVar[str] = "what the target of the search names goes"
+
+    stage: Literal["width_search"]
+    strength: float | dict[str, float] = 1.0
+    target: float | dict[str, float] | None = None
+    penalty: str = "l1"
+    parameters: dict[str, float] = Field(default_factory=dict)
+    kinds: list[str] | None = None
+    inexact: bool = False
+    min_keep: Positive | dict[str, Positive] | None = None
+    architecture_lr: PositiveNumber = 0.01
+    warmup: Annotated[float, Field(ge=0)] = 0.1
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.WidthSearchCallback(
+            self.strength,
+            self.target,
+            self.method,
+            split=self.split,
+            training_weight=self.training_weight,
+            coupling=self.coupling,
+            passes=self.passes,
+            architecture_lr=self.architecture_lr,
+            warmup=self.warmup,
+            penalty=methods.penalty_from(self.penalty, **self.parameters),
+            kinds=self.kinds,
+            inexact=self.inexact,
+            min_keep=self.min_keep,
             example_inputs=example_inputs,
         )
 
@@ -563,6 +668,18 @@ class DistillStage(Training):
         return methods.FeatureAffinityDistillation(student, teacher, example_inputs=example_inputs, **settings)
 
 
+class DeriveStage(Compression):
+    """Make the network that an architecture search has chosen, with new weights.
+
+    Attributes:
+        config: fields of the new network's configuration that differ from the supernet's, for example
+            ``{num_cells: 20, width: 36}``.
+    """
+
+    stage: Literal["derive"]
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
 class FactorizeStage(Compression):
     """Replace layers by two factors of low rank (see :func:`hf_compress.factorize`).
 
@@ -683,9 +800,12 @@ Stage = Annotated[
     | NetworkSlimmingStage
     | ProximalSlimmingStage
     | DimensionSearchStage
+    | ArchitectureSearchStage
+    | WidthSearchStage
     | SparseGroupStage
     | TrainedRankPruningStage
     | DistillStage
+    | DeriveStage
     | FactorizeStage
     | PruneStage
     | QuantizeStage
@@ -699,8 +819,11 @@ STAGES: dict[str, type[Section]] = {
     "network_slimming": NetworkSlimmingStage,
     "proximal_slimming": ProximalSlimmingStage,
     "dimension_search": DimensionSearchStage,
+    "architecture_search": ArchitectureSearchStage,
+    "width_search": WidthSearchStage,
     "sparse_group": SparseGroupStage,
     "trained_rank_pruning": TrainedRankPruningStage,
+    "derive": DeriveStage,
     "factorize": FactorizeStage,
     "prune": PruneStage,
     "finetune": FinetuneStage,
@@ -971,6 +1094,13 @@ def _order_problems(recipe: Recipe) -> list[str]:
             problems.append(f"{here}: a recipe has one {stage.stage} stage.")
         if stage.stage == "export" and "report" in before:
             problems.append(f"{here}: report measures the exported file, so export comes before report.")
+        if isinstance(stage, DeriveStage) and "architecture_search" not in before:
+            problems.append(f"{here}: derive needs an architecture_search stage before it, which chooses the network.")
+        if "derive" in before and isinstance(stage, (Compression, Method, ArchitectureSearchStage)):
+            problems.append(
+                f"{here}: {stage.stage} would work on a network that is not known before derive has run. Run it in another "
+                "recipe, with `model.pretrained` the result of this one."
+            )
         if isinstance(stage, PruneStage) and stage.support and scoring_stage(recipe, index) is None:
             deciding = " or ".join(n for n, kind in STAGES.items() if issubclass(kind, Method) and kind.decides)
             problems.append(

@@ -20,6 +20,7 @@ from .folder import RunFolder, write_json
 from .preparation import Prepared, teacher_name
 from .schema import (
     MODEL_STAGES,
+    DeriveStage,
     DistillStage,
     ExportStage,
     FactorizeStage,
@@ -73,6 +74,8 @@ def run_stage(prepared: Prepared, folder: RunFolder, number: int) -> dict[str, A
         return _train(prepared, folder, index, partial)
     if isinstance(stage, PruneStage):
         return _prune(prepared, folder, index, partial)
+    if isinstance(stage, DeriveStage):
+        return _derive(prepared, folder, index, partial)
     if isinstance(stage, FactorizeStage):
         return _factorize(prepared, folder, index, partial)
     if isinstance(stage, QuantizeStage):
@@ -195,6 +198,30 @@ def _quantize(prepared: Prepared, folder: RunFolder, index: int, partial: Path) 
     found = validate(prepared, model)
     save_result(prepared, model, partial)
     return {"stage": "quantize", "bytes": stored_bytes(model), **found}
+
+
+def _derive(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
+    from transformers import set_seed
+
+    from ..measurement import count_macs
+    from .preparation import derive_by
+
+    recipe, stage = prepared.recipe, prepared.recipe.stages[index]
+    assert isinstance(stage, DeriveStage)
+    supernet = load_model(prepared, folder.model(index))
+    set_seed(recipe.seed + index)  # for new weights
+    try:
+        model = derive_by(stage, supernet)
+    except HfCompressError as error:
+        raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+    made = partial / "publish"
+    made.mkdir()
+    if callable(getattr(supernet, "genotype", None)):
+        write_json(made / "genotype.json", supernet.genotype())
+    macs, params = count_macs(model, prepared.example_inputs), sum(p.numel() for p in model.parameters())
+    found = validate(prepared, model)
+    save_result(prepared, model, partial)
+    return {"stage": "derive", "macs": macs, "params": params, **found}
 
 
 def factorize_by(stage: FactorizeStage, prepared: Prepared, model: Any) -> None:

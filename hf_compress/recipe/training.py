@@ -139,7 +139,7 @@ def train(
         trainer = StageTrainer(
             model=whole,
             args=arguments,
-            train_dataset=images,
+            train_dataset=callback.halve(images) if hasattr(callback, "halve") else images,
             eval_dataset=prepared.split("validation"),
             data_collator=as_batch,
             callbacks=[*prepared.task.callbacks(model), *callbacks],
