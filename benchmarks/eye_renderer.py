@@ -72,7 +72,7 @@ def write_sheet(path: Path) -> None:
     openness = [(o, o) for o in (0.0, 0.4, 0.9)]
     face = render_faces(4, openness, size=(114, 114), motion=0.0).frames
     blocks = [
-        contact_sheet(EyeRenderer().sequence(32, 8, 7)["images"], zoom=1),
+        contact_sheet(EyeRenderer().sequence(41, 8, 7)["images"], zoom=1),
         *(contact_sheet(block["images"], zoom=1) for block in drawn),
         contact_sheet(face[None], zoom=1),
     ]

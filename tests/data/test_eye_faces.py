@@ -52,7 +52,8 @@ def test_crops_of_a_face_look_like_rendered_eyes():
         np.asarray(crop_eye(image, centre, distance, angle, mirror=mirror), float)
         for mirror, centre in ((True, (x0, y0)), (False, (x1, y1)))
     ]
-    assert np.abs(crops[0] - crops[1]).mean() < 6  # a mirrored right eye is a left eye; skin textures differ
+    # a mirrored right eye is a left eye, but for the skin's texture and the reflected light
+    assert np.abs(crops[0] - crops[1]).mean() < 0.8 * np.abs(crops[0][:, ::-1] - crops[1]).mean()
     pixels = EyeOpennessImageProcessor()(image, eyes=faces.eyes[0], return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(pixels.transpose(0, 2, 3, 1) * 255, np.stack(crops[::-1]), atol=1e-3)
     shut = render_faces(5, [(0.0, 0.0)], size=(480, 640), motion=0.0, noise=0.0)

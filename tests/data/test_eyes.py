@@ -147,6 +147,7 @@ def test_only_the_eye_changes_with_the_openness(renderer):
 def test_pictures_move_away_from_the_shut_eye_steadily():
     images = EyeRenderer().sequence(5, 64, 11)["images"].astype(float)
     distance = np.abs(images - images[:, :1]).mean((2, 3, 4))
+    # of other seeds, one eye in 250 or so comes a little nearer again when wide open, where brow, crease and ball are alike
     assert (np.diff(distance, axis=1) >= -0.05).all()  # grey levels; rounding to whole ones moves the mean by less
 
 
@@ -183,11 +184,13 @@ def test_misplacement_moves_the_eye_and_nothing_else():
     np.testing.assert_allclose(moved["aperture_ratio"], plain["aperture_ratio"], atol=1e-6)
 
 
-def test_a_sequence_is_one_eye():
-    found = EyeRenderer("b").sequence(2, 3, 15)
-    assert found["images"].shape == (3, 15, 32, 48, 3)
-    np.testing.assert_allclose(found["openness"], np.tile(np.linspace(0, 1, 15), (3, 1)), atol=1e-6)
-    assert (found["melanin"] == found["melanin"][:, :1]).all()
+@styles
+def test_a_sequence_is_one_eye(renderer):
+    found = renderer.sequence(2, 30, 15)
+    assert found["images"].shape == (30, 15, 32, 48, 3)
+    np.testing.assert_allclose(found["openness"], np.tile(np.linspace(0, 1, 15), (30, 1)), atol=1e-6)
+    for name in ("melanin", "gaze_x", "gaze_y", "yaw", "gain", "blur"):
+        assert (found[name] == found[name][:, :1]).all()
     assert (np.diff(found["aperture_ratio"], axis=1) > 0).all()
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 
 from ...errors import DataError
 from . import drawing, geometry, shading, traits
-from .geometry import Traits
 
 Style = Literal["a", "b"]
 Shift = Literal["mild", "hard"]
@@ -92,17 +91,12 @@ class EyeRenderer:
         """
         indices = _chosen(seed, count, openness, indices)
         given = None if openness is None else _checked(openness, len(indices))
-        parts = []
-        for start in range(0, len(indices), _BATCH):
-            place = slice(start, start + _BATCH)
-            parts.append(self._render(seed, indices[place], None if given is None else given[place], label))
-        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        if self.jpeg is not None:
-            found["images"] = _through_jpeg(found["images"], seed, indices, self.jpeg)
-        return found
+        return self._render_all(seed, indices, given, label)
 
     def sequence(self, seed: int = 0, count: int = 1, steps: int = 15) -> dict[str, np.ndarray]:
         """Eyes that open in even steps while all else stands still, the noise too.
+
+        No eye looks down: who holds the lids wide open, as in the last step, cannot.
 
         Args:
             seed: 0 or more.
@@ -112,13 +106,32 @@ class EyeRenderer:
         Returns:
             What :meth:`render` returns, with [count, steps, ...] in place of [samples, ...].
         """
+        traits.check_seed(seed)
         if steps < 2 or count < 1:
             raise DataError(f"count={count} and steps={steps} are not possible; give at least 1 and 2.")
         openness = np.tile(np.linspace(0, 1, steps), count)
-        found = self.render(seed, openness=openness, indices=np.repeat(np.arange(count), steps))
+        indices = np.repeat(np.arange(count), steps)
+        found = self._render_all(seed, indices, openness.astype(np.float32), traits.sample_openness, widest=1.0)
         return {name: values.reshape(count, steps, *values.shape[1:]) for name, values in found.items()}
 
-    def _render(self, seed: int, indices: np.ndarray, openness: np.ndarray | None, label: Any) -> dict[str, np.ndarray]:
+    def _render_all(
+        self, seed: int, indices: np.ndarray, openness: np.ndarray | None, label: Any, widest: float = 0.0
+    ) -> dict[str, np.ndarray]:
+        parts = []
+        for start in range(0, len(indices), _BATCH):
+            place = slice(start, start + _BATCH)
+            parts.append(
+                self._render(seed, indices[place], None if openness is None else openness[place], label, widest)
+            )
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if self.jpeg is not None:
+            found["images"] = _through_jpeg(found["images"], seed, indices, self.jpeg)
+        return found
+
+    def _render(
+        self, seed: int, indices: np.ndarray, openness: np.ndarray | None, label: Any, widest: float
+    ) -> dict[str, np.ndarray]:
+        """At most a batch. ``widest`` is an openness up to which the gaze has to stay the same."""
         if self.style == "b":
             return drawing.render(seed, indices, openness, label, self.image_size, self.shift)
         generators = traits.generators(seed, indices)
@@ -129,23 +142,16 @@ class EyeRenderer:
             eyes[name] = eyes[name] * np.float32(self.misplacement)
         if openness is None:
             openness = label(uniform[:, -1]).astype(np.float32)
-        return shaded(eyes, openness, generators, self.image_size)
-
-
-def shaded(
-    eyes: Traits, openness: np.ndarray, generators: Sequence[np.random.Generator], image_size: tuple[int, int]
-) -> dict[str, np.ndarray]:
-    """Pictures and labels of eyes whose traits are known; see :meth:`EyeRenderer.render`."""
-    images = shading.shade(eyes, openness, generators, image_size)
-    eyes = geometry.couple_gaze(eyes, openness)
-    points = geometry.to_pixels(geometry.landmarks(openness, eyes), eyes, image_size).astype(np.float32)
-    return {
-        "images": images,
-        "openness": openness,
-        "aperture_ratio": geometry.aperture_ratio(points),
-        "landmarks": points,
-        **{name: eyes[name] for name in _REPORTED},
-    }
+        eyes = geometry.couple_gaze(eyes, np.maximum(openness, np.float32(widest)))
+        images = shading.shade(eyes, openness, generators, self.image_size)
+        points = geometry.to_pixels(geometry.landmarks(openness, eyes), eyes, self.image_size).astype(np.float32)
+        return {
+            "images": images,
+            "openness": openness,
+            "aperture_ratio": geometry.aperture_ratio(points),
+            "landmarks": points,
+            **{name: eyes[name] for name in _REPORTED},
+        }
 
 
 def _through_jpeg(images: np.ndarray, seed: int, indices: np.ndarray, quality: tuple[int, int]) -> np.ndarray:
@@ -185,4 +191,4 @@ def _checked(openness: Any, count: int) -> np.ndarray:
     return np.broadcast_to(values, (count,))
 
 
-__all__ = ["EyeRenderer", "Shift", "Style", "shaded"]
+__all__ = ["EyeRenderer", "Shift", "Style"]

@@ -21,6 +21,7 @@ from .traits import EXACTLY_CLOSED, EXACTLY_OPEN, check_seed, sample_openness
 UNLABELLED = -100
 CLOSED_MAX, OPEN_MIN = 0.12, 0.45  # what annotators are assumed to call closed and open
 _SHARDS = 64  # of a stream; loader workers share them out
+_BATCH = 64  # samples that are made at once when a data set is gone through
 
 
 class EyeSamples(Dataset):
@@ -56,8 +57,8 @@ class EyeSamples(Dataset):
         ]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(self), _SHARDS):
-            yield from self.__getitems__(range(start, min(start + _SHARDS, len(self))))
+        for start in range(0, len(self), _BATCH):
+            yield from self.__getitems__(range(start, min(start + _BATCH, len(self))))
 
     def as_dataset(self, streaming: bool = True) -> Any:
         """The same samples as a ``datasets.IterableDataset``, or as a ``datasets.Dataset`` that is written into its cache.
@@ -91,8 +92,8 @@ class EyeSamples(Dataset):
 
 def _generate(samples: list[EyeSamples], indices: list[np.ndarray]) -> Iterator[dict[str, Any]]:
     for part, numbers in zip(samples, indices, strict=True):
-        for start in range(0, len(numbers), 64):
-            for sample in part.__getitems__(numbers[start : start + 64]):
+        for start in range(0, len(numbers), _BATCH):
+            for sample in part.__getitems__(numbers[start : start + _BATCH]):
                 yield {**sample, "pixel_values": sample["pixel_values"].numpy()}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .geometry import Traits, couple_gaze, from_pixels, moved_lids, open_lids
+from .geometry import Traits, from_pixels, moved_lids, open_lids
 from .traits import BLURS
 
 _PIXEL = np.float32
@@ -23,11 +23,10 @@ def shade(
 
     Args:
         traits: of :func:`~.traits.identity` and :func:`~.traits.view`, [samples, ...] each.
-        openness: float32 [samples], in 0..1.
+        openness: float32 [samples], in 0..1, no more than the gaze allows; see :func:`~.geometry.couple_gaze`.
         generators: one per sample, for the textures and the noise.
         image_size: height and width in pixels.
     """
-    traits = couple_gaze(traits, openness)
     u, v = from_pixels(traits, image_size)
     texture = _textures(generators, image_size)
     upper_open, lower_open = open_lids(u, traits)
@@ -136,11 +135,11 @@ def _eyeball(u: np.ndarray, v: np.ndarray, upper: np.ndarray, lower: np.ndarray,
         np.sin(traits["yaw"])
     )  # the ball is rounder than the lids: its front moves when the head turns
     dx = (u - np.clip(_wide(traits["gaze_x"]) + shift, -0.5, 0.5)) * (1 + 0.10 * _wide(np.abs(traits["gaze_x"])))
-    dy = v - _wide(traits["gaze_y"]) - 0.08
+    dy = v - _wide(traits["gaze_y"] + traits["iris_height"])
     radius = _wide(traits["iris_radius"])
     distance = np.sqrt(dx * dx + dy * dy)
     share = distance / radius
-    shadow = (1 - 0.30 * u * u) * (1 - 0.45 * np.exp(np.minimum((v - upper) / 0.12, 0)))
+    shadow = (1 - 0.30 * u * u) * (1 - _wide(traits["lid_shadow"]) * np.exp(np.minimum((v - upper) / 0.12, 0)))
     red = _wide(traits["sclera_red"]) * (0.4 + u * u)
     white = np.stack([np.full_like(red, 0.90), 0.87 - red, 0.84 - 1.1 * red], 1) * _colour(
         np.repeat(traits["sclera_jitter"][:, None], 3, 1)
@@ -182,8 +181,9 @@ def _lid_margins(
     image[:, 0] += 0.10 * rim
     image[:, 1:] *= (1 - 0.12 * rim)[:, None]
     strength = _wide(traits["lash_strength"])
-    softness = np.maximum(0.045, 1.2 / (width * _wide(traits["scale"])))
-    line = (0.35 + 0.55 * strength) * _bump(v - upper, softness) * inside
+    # lashes grow from the outer side of the lid's edge, so the line hides little of the ball
+    softness = np.maximum(_wide(traits["line_width"]), 1.2 / (width * _wide(traits["scale"])))
+    line = (0.35 + 0.55 * strength) * _bump(v - upper - _wide(traits["line_offset"]), softness) * inside
     # Lashes turn with the lid: up when it is open, down when it is shut. Between, they point at the viewer and look short.
     # The turn is smooth, so that it marks no openness by itself.
     turn = np.tanh((_wide(openness) - 0.25) / 0.1)

@@ -21,6 +21,7 @@ IDENTITY = {
     "roundness": (1.6, 2.6),
     "tilt": (-0.12, 0.16),
     "iris_radius": (0.34, 0.44),
+    "iris_height": (0.02, 0.12),  # of its middle above the corners, gaze ahead
     "pupil": (0.25, 0.6),
     "crease_height": (0.06, 0.22),
     "crease_strength": (0.0, 0.35),
@@ -38,6 +39,8 @@ IDENTITY = {
     "lash_length": (0.03, 0.16),
     "lash_frequency": (18.0, 40.0),
     "lash_strength": (0.25, 0.9),
+    "line_offset": (-0.01, 0.035),  # of the line of the lashes' roots above the lid's edge
+    "line_width": (0.028, 0.06),
     "socket": (0.05, 0.35),
     "bag": (0.0, 0.22),
     "brow_height": (0.62, 1.15),
@@ -63,6 +66,7 @@ VIEW = {
     "light_angle": (0.0, 2 * np.pi),
     "gain": (0.45, 1.3),
     "gradient": (0.0, 0.5),
+    "lid_shadow": (0.1, 0.5),  # that the upper lid throws on the ball
     "cast_red": (0.92, 1.08),
     "cast_blue": (0.90, 1.10),
     "grey_draw": (0.0, 1.0),
