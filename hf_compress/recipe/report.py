@@ -71,6 +71,7 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     metrics["onnx_max_abs_diff"] = onnx_max_abs_diff
     write_json(made / "metrics.json", metrics)
     pictures = draw(prepared, folder, index, metrics, made) | prepared.task.draw(prepared, models, made)
+    pictures |= _draw_filters(prepared, models["compressed"], made)
     write_readme(prepared, stage, metrics, pictures, made, describe_machine())
     return {"stage": "report", "dense": chosen, "metrics": metrics}
 
@@ -131,6 +132,21 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
                 plot_sparsity(made / "sparsity.png", entries)
                 pictures["sparsity.png"] = "Share of scales close to zero while training."
     return pictures
+
+
+def _draw_filters(prepared: Prepared, model: Any, made: Path) -> dict[str, str]:
+    """A picture of AFIDAF's masks for a test image, where a model has Fourier filters."""
+    from ..measurement.plots_afidaf import plot_fourier_masks
+    from ..models.afidaf.filters_afidaf import AfidafFourierFilter
+
+    if not any(isinstance(module, AfidafFourierFilter) for module in model.modules()):
+        return {}
+    (image,) = prepared.data.test.read([0])
+    plot_fourier_masks(made / "filters.png", model, test_pixels(prepared)[:1], image)
+    return {
+        "filters.png": "A test image, what the first Fourier filter lets through of it in four channels (low frequencies in "
+        "the middle), and the kernels that this is a convolution with."
+    }
 
 
 def _draw_ranks(folders: list[Path], made: Path) -> dict[str, str]:
