@@ -32,6 +32,7 @@ from .schema import (
     Method,
     PruneStage,
     Recipe,
+    ReplaceAttentionStage,
     TrainedRankPruningStage,
     Training,
     bits_of_training,
@@ -531,11 +532,14 @@ def _check_budgets(prepared: Prepared) -> None:
         here = recipe.where("stages", index)
         try:
             if isinstance(stage, Method):
-                found[index] = _method_scores(prepared, index)
+                found[index] = _method_scores(prepared, index, model)
             elif isinstance(stage, TrainedRankPruningStage):
                 method_callback(recipe, index).target_names(model)  # refuses patterns that match nothing
             elif isinstance(stage, FactorizeStage):
-                prepared.goals[index] = _try_to_factorize(stage, prepared)
+                prepared.goals[index] = _try_to_factorize(stage, prepared, model)
+            elif isinstance(stage, ReplaceAttentionStage):
+                prepared.goals[index], model = _try_to_replace(stage, prepared, model)
+                axes, table = find_axes(model, prepared.example_inputs), None  # what later stages act on
             elif isinstance(stage, PruneStage):
                 from .stages import choose
 
@@ -547,17 +551,31 @@ def _check_budgets(prepared: Prepared) -> None:
                     continue
                 if stage.latency is not None and table is None:
                     table = LatencyTable.for_model(model, axes, prepared.example_inputs)
-                plan = choose(stage, axes, scores, dense=axes, latency_table=table)
+                plan = choose(stage, axes, scores, dense=prepared.axes or axes, latency_table=table)
                 prepared.goals[index] = _goal(stage, axes, plan, table)
         except HfCompressError as error:
             raise type(error)(f"{here}: {error}") from error
 
 
-def _try_to_factorize(stage: FactorizeStage, prepared: Prepared) -> str:
+def _try_to_replace(
+    stage: ReplaceAttentionStage, prepared: Prepared, model: PreTrainedModel
+) -> tuple[str, PreTrainedModel]:
+    """What a stage that replaces attention aims at, and a copy of the model with filters that were not matched."""
+    from ..surgery import find_attention, replacement_report
+    from .stages import replace_by
+
+    blocks = len(find_attention(model, prepared.example_inputs))
+    trial = copy.deepcopy(model)
+    replace_by(stage, prepared, trial, images=2)
+    count = len(replacement_report(trial).replaced)
+    return f"filters in place of {count} of {blocks} attention blocks", trial
+
+
+def _try_to_factorize(stage: FactorizeStage, prepared: Prepared, model: PreTrainedModel) -> str:
     """What a factorize stage aims at; the layers and the budget are tried on a copy."""
     from .stages import factorize_by
 
-    trial = copy.deepcopy(prepared.model)
+    trial = copy.deepcopy(model)
     if stage.macs is None and stage.params is None:
         try:
             factorize_by(stage, prepared, trial)
@@ -569,11 +587,11 @@ def _try_to_factorize(stage: FactorizeStage, prepared: Prepared) -> str:
     return f"to about {macs:,} MACs and {params:,} parameters"
 
 
-def _method_scores(prepared: Prepared, index: int) -> Mapping[str, Tensor]:
-    scores = method_callback(prepared.recipe, index, prepared.example_inputs).first_scores(prepared.model)
+def _method_scores(prepared: Prepared, index: int, model: PreTrainedModel) -> Mapping[str, Tensor]:
+    scores = method_callback(prepared.recipe, index, prepared.example_inputs).first_scores(model)
     if not scores:
         raise NothingToShrinkError(
-            f"{type(prepared.model).__name__} has no axis with a learned scale (BatchNorm or layer scale), which "
+            f"{type(model).__name__} has no axis with a learned scale (BatchNorm or layer scale), which "
             "slimming needs. Prune by weight magnitudes instead: a prune stage without a slimming stage."
         )
     return scores

@@ -93,6 +93,7 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
         metrics["int8"] = int8
     write_json(made / "metrics.json", metrics)
     pictures = draw(prepared, folder, index, metrics, made) | prepared.task.draw(prepared, models, made)
+    pictures |= _draw_filters(prepared, models["compressed"], made)
     write_readme(prepared, stage, metrics, pictures, made, describe_machine())
     return {"stage": "report", "dense": chosen, "metrics": metrics}
 
@@ -239,6 +240,21 @@ def _draw_search(supernet: Any, history: list[dict[str, Any]], made: Path) -> di
         plot_architecture(made / "architecture.png", history, config.operators, names, kept)
     return {
         "architecture.png": "The operator that leads on every edge while searching; pale where the edge is left out."
+    }
+
+
+def _draw_filters(prepared: Prepared, model: Any, made: Path) -> dict[str, str]:
+    """A picture of AFIDAF's masks for a test image, where a model has Fourier filters."""
+    from ..measurement.plots_afidaf import plot_fourier_masks
+    from ..models.afidaf.filters_afidaf import AfidafFourierFilter
+
+    if not any(isinstance(module, AfidafFourierFilter) for module in model.modules()):
+        return {}
+    (image,) = prepared.data.test.read([0])
+    plot_fourier_masks(made / "filters.png", model, test_pixels(prepared)[:1], image)
+    return {
+        "filters.png": "A test image, what the first Fourier filter lets through of it in four channels (low frequencies in "
+        "the middle), and the kernels that this is a convolution with."
     }
 
 

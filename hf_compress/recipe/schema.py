@@ -708,6 +708,41 @@ class FactorizeStage(Compression):
         return self
 
 
+class ReplaceAttentionStage(Compression):
+    """Put AFIDAF's filters in place of attention (see :func:`hf_compress.replace_attention`); finetune afterwards.
+
+    Attributes:
+        layers: ``all``, ``auto``, or glob patterns of modules that are or hold attention blocks.
+        filter: ``afidaf``, or one of its two filters alone: ``fourier`` or ``image``.
+        count, macs, latency: budget, with ``layers: auto``: a number of blocks; multiply-accumulates, as a share of the dense
+            model (up to 1) or a number; time for one image on this machine, as a share of the model that enters the stage
+            (up to 1) or in milliseconds.
+        calibration_images: so many training images to match the filters on, and to measure the loss on with ``auto``.
+        match_steps: steps of matching the filters to the attention, on 32 images each.
+        learning_rate: of matching.
+    """
+
+    stage: Literal["replace_attention"]
+    layers: str | Annotated[list[str], Field(min_length=1)] = "all"
+    filter: Literal["afidaf", "fourier", "image"] = "afidaf"
+    count: Positive | None = None
+    macs: Annotated[float, Field(gt=0)] | None = None
+    latency: Annotated[float, Field(gt=0)] | None = None
+    calibration_images: Positive = 512
+    match_steps: Annotated[int, Field(ge=0)] = 200
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ReplaceAttentionStage:
+        given = [name for name in ("count", "macs", "latency") if getattr(self, name) is not None]
+        if self.layers == "auto" and len(given) != 1:
+            found = f"found {' and '.join(given)}" if given else "found none"
+            raise ValueError(f"`layers: auto` needs exactly one of `count`, `macs` and `latency`; {found}")
+        if self.layers != "auto" and given:
+            raise ValueError(f"`{given[0]}` chooses layers, so it needs `layers: auto`")
+        return self
+
+
 class PruneStage(Compression):
     """Choose what to keep and remove the rest.
 
@@ -807,6 +842,7 @@ Stage = Annotated[
     | DistillStage
     | DeriveStage
     | FactorizeStage
+    | ReplaceAttentionStage
     | PruneStage
     | QuantizeStage
     | ExportStage
@@ -825,6 +861,7 @@ STAGES: dict[str, type[Section]] = {
     "trained_rank_pruning": TrainedRankPruningStage,
     "derive": DeriveStage,
     "factorize": FactorizeStage,
+    "replace_attention": ReplaceAttentionStage,
     "prune": PruneStage,
     "finetune": FinetuneStage,
     "distill": DistillStage,
@@ -1100,6 +1137,12 @@ def _order_problems(recipe: Recipe) -> list[str]:
             problems.append(
                 f"{here}: {stage.stage} would work on a network that is not known before derive has run. Run it in another "
                 "recipe, with `model.pretrained` the result of this one."
+            )
+        smaller = next((name for name in before if name in ("prune", "factorize")), None)
+        if isinstance(stage, ReplaceAttentionStage) and smaller:
+            problems.append(
+                f"{here}: filters take the place of whole attention blocks, and {smaller} leaves parts of them. Move "
+                f"replace_attention before {smaller}; what stands there then can be pruned and factorised."
             )
         if isinstance(stage, PruneStage) and stage.support and scoring_stage(recipe, index) is None:
             deciding = " or ".join(n for n, kind in STAGES.items() if issubclass(kind, Method) and kind.decides)
