@@ -133,6 +133,8 @@ def test_cew_crops(tmp_path):
     assert sorted(eyes.eye_states) == [0, 0, 1, 1]
     batch = eye_collator(list(eyes))["pixel_values"]
     assert all(torch.equal(batch[0], other) for other in batch[1:])  # right eyes were mirrored back
+    turned = eye_collator(list(cew(tmp_path, left_is_of_picture=True)))["pixel_values"]
+    assert torch.equal(turned, batch.flip(-1))
 
 
 def test_cew_faces(tmp_path):
@@ -180,6 +182,8 @@ def test_rt_bene(tmp_path):
     assert len(eyes) == 9 and (eyes.eye_states == 0).sum() == 4 and set(eyes.persons) == {"s000", "s001"}
     batch = eye_collator(list(eyes))["pixel_values"]
     assert torch.equal(batch[0], batch[1])  # left and mirrored right
+    turned = eye_collator(list(rt_bene(tmp_path, left_is_of_picture=True)))["pixel_values"]
+    assert torch.equal(turned, batch.flip(-1))
     (tmp_path / "s001_blink_labels.csv").write_text("left_000000_rgb.png;0.0\n")
     with pytest.raises(DataError, match="line 1"):
         rt_bene(tmp_path)

@@ -33,7 +33,7 @@ def model():
     return EyeOpennessForRegression(EyeOpennessConfig(backbone="nano", num_domains=2))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.multi_process)])
 def test_a_resumed_run_ends_in_the_same_weights(tmp_path, model, workers):
     mixed = MixedEyes(SyntheticEyes(64), WeakEyes(10), length=64)
     seen = []

@@ -222,7 +222,7 @@ def open_closed_folder(root: str | Path, *, person: str | None = None, **argumen
     return _made(pictures(), folder, "pictures in folders called open and closed", arguments)
 
 
-def cew(root: str | Path, **arguments: Any) -> EyeFolder:
+def cew(root: str | Path, *, left_is_of_picture: bool = False, **arguments: Any) -> EyeFolder:
     """Closed Eyes in the Wild (Song, Tan, Liu and Chen, Pattern Recognition 2014), 2,423 faces.
 
     Licence: none is stated that we know of; the authors offer it for research. Open eyes come from LFW.
@@ -234,6 +234,9 @@ def cew(root: str | Path, **arguments: Any) -> EyeFolder:
 
     Args:
         root: the folder with these folders.
+        left_is_of_picture: whether "left" in a folder's name means the left of the picture, which is the person's right
+            eye. We could not look at the data, and take it for the person's own. It matters little for training when
+            pictures are also flipped at random.
         arguments: of :class:`EyeFolder`.
 
     Raises:
@@ -244,7 +247,7 @@ def cew(root: str | Path, **arguments: Any) -> EyeFolder:
     def pictures() -> Iterator[EyePicture]:
         for state, side in ((0, "Left"), (0, "Right"), (1, "Left"), (1, "Right")):
             for path in _files(folder / f"{'open' if state else 'closed'}{side}Eyes"):
-                yield EyePicture(path, state, _cew_person(path.name), side == "Right")
+                yield EyePicture(path, state, _cew_person(path.name), (side == "Right") != left_is_of_picture)
         for state, name in ((0, "Closed"), (1, "Open")):
             coordinates = folder / f"EyeCoordinatesInfo_{name}Face.txt"
             for line in _lines(coordinates):
@@ -287,7 +290,7 @@ def mrl_eye(root: str | Path, **arguments: Any) -> EyeFolder:
     return _made(pictures(), folder, "files called like s0001_00001_0_0_0_0_0_01.png", arguments)
 
 
-def rt_bene(root: str | Path, **arguments: Any) -> EyeFolder:
+def rt_bene(root: str | Path, *, left_is_of_picture: bool = False, **arguments: Any) -> EyeFolder:
     """RT-BENE (Cortacero, Fischer and Demiris, ICCV workshops 2019), more than 200,000 crops of 17 persons.
 
     Licence: CC BY-NC-SA 4.0. Commercial use is excluded by its authors.
@@ -298,6 +301,7 @@ def rt_bene(root: str | Path, **arguments: Any) -> EyeFolder:
 
     Args:
         root: the folder with the csv files.
+        left_is_of_picture: as for :func:`cew`.
         arguments: of :class:`EyeFolder`.
 
     Raises:
@@ -319,7 +323,7 @@ def rt_bene(root: str | Path, **arguments: Any) -> EyeFolder:
                 for side in ("left", "right"):
                     path = eyes / side / name.replace("left", side)
                     if path.is_file():  # frames in which an eye was not found have no picture of it
-                        yield EyePicture(path, int(1 - closed), person, side == "right")
+                        yield EyePicture(path, int(1 - closed), person, (side == "right") != left_is_of_picture)
 
     return _made(pictures(), folder, "s000_blink_labels.csv with s000_noglasses/natural/left", arguments)
 

@@ -7,6 +7,7 @@ a batch is a few hundred array operations. A design of this package; see :mod:`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,19 +29,44 @@ def shade(
         image_size: height and width in pixels.
     """
     u, v = from_pixels(traits, image_size)
-    texture = _textures(generators, image_size)
     upper_open, lower_open = open_lids(u, traits)
     upper, lower = moved_lids(upper_open, lower_open, openness, traits)
-    within = (1 - np.minimum(u * u, 1)).astype(_PIXEL)  # 1 in the middle, 0 from the corners on
+    within = (1 - np.minimum(u * u, 1)).astype(_PIXEL)
+    eye = _Eye(traits, _wide(openness), u, v, upper, lower, upper_open, within, image_size)
+    blotches, noise = _textures(generators, image_size)
+    image = _skin(eye, blotches, noise[:, 0])
+    _blend(image, coverage(v, upper, lower, traits, image_size[1]), _eyeball(eye))
+    _lid_margins(image, eye)
+    _brow(image, eye)
+    _nose(image, eye)
+    _strands(image, eye)
+    _glasses(image, eye)
+    return _camera(image, eye, noise)
 
-    image = _skin(u, v, upper, upper_open, lower, within, openness, traits, texture)
-    _blend(image, coverage(v, upper, lower, traits, image_size[1]), _eyeball(u, v, upper, lower, traits))
-    _lid_margins(image, u, v, upper, lower, within, openness, traits, image_size[1])
-    _brow(image, u, v, traits)
-    _nose(image, u, v, traits)
-    _strands(image, u, v, traits)
-    _glasses(image, u, v, traits)
-    return _camera(image, traits, texture[1], image_size)
+
+@dataclass(frozen=True)
+class _Eye:
+    """What the layers share: maps of the pixels, [samples, height, width] each.
+
+    Attributes:
+        traits: [samples, ...] each.
+        openness: [samples, 1, 1].
+        u, v: eye coordinates.
+        upper, lower: where the lids are, in v.
+        upper_open: where the upper lid is when the eye is held wide open.
+        within: 1 in the middle of the eye, 0 from its corners on.
+        image_size: height and width.
+    """
+
+    traits: Traits
+    openness: np.ndarray
+    u: np.ndarray
+    v: np.ndarray
+    upper: np.ndarray
+    lower: np.ndarray
+    upper_open: np.ndarray
+    within: np.ndarray
+    image_size: tuple[int, int]
 
 
 def coverage(v: np.ndarray, upper: np.ndarray, lower: np.ndarray, traits: Traits, width: int) -> np.ndarray:
@@ -90,26 +116,15 @@ def _textures(generators: Sequence[np.random.Generator], image_size: tuple[int, 
     return blotches * 0.06, noise
 
 
-def _skin(
-    u: np.ndarray,
-    v: np.ndarray,
-    upper: np.ndarray,
-    upper_open: np.ndarray,
-    lower: np.ndarray,
-    within: np.ndarray,
-    openness: np.ndarray,
-    traits: Traits,
-    texture: tuple[np.ndarray, np.ndarray],
-) -> np.ndarray:
-    blotches, noise = texture
-    tone = 1 + blotches + 0.02 * noise[:, 0]
-    opened = _wide(openness)
+def _skin(eye: _Eye, blotches: np.ndarray, grain: np.ndarray) -> np.ndarray:
+    traits, u, v, within, opened = eye.traits, eye.u, eye.v, eye.within, eye.openness
+    tone = 1 + blotches + 0.02 * grain
     # the hollow beside the nose, and the one below the brow
     tone -= _wide(traits["socket"]) * np.exp(-(((u + 1.15) / 0.55) ** 2) - ((v - 0.30) / 0.5) ** 2)
     tone -= (0.5 * _wide(traits["socket"])) * within * _bump(v - _wide(traits["brow_height"]) + 0.28, 0.20)
     # the lid is a part of the ball: brightest where it bulges, darker towards its crease
-    crease = upper_open + _wide(traits["crease_height"]) * (0.6 + 0.4 * within) + 0.05 * (1 - opened)
-    on_lid = _step(14 * (v - upper)) * _step(14 * (crease - v))
+    crease = eye.upper_open + _wide(traits["crease_height"]) * (0.6 + 0.4 * within) + 0.05 * (1 - opened)
+    on_lid = _step(14 * (v - eye.upper)) * _step(14 * (crease - v))
     tone += 0.12 * on_lid * within * (1 - opened)
     strength = _wide(traits["crease_strength"]) * (0.45 + 0.55 * opened)
     tone -= strength * _bump(v - crease, 0.05) * _step(9 * (1.12 - np.abs(u)))
@@ -126,20 +141,20 @@ def _skin(
         _blend(part, share, 0.75 * _colour(shadow) * 0.6 + 0.05)
         image[painted] = part
     # thin skin round the lids is redder
-    image[:, 1:] *= (1 - 0.07 * _bump(v - 0.5 * (upper + lower), 0.35) * within)[:, None]
+    image[:, 1:] *= (1 - 0.07 * _bump(v - 0.5 * (eye.upper + eye.lower), 0.35) * within)[:, None]
     return image
 
 
-def _eyeball(u: np.ndarray, v: np.ndarray, upper: np.ndarray, lower: np.ndarray, traits: Traits) -> np.ndarray:
-    shift = 0.22 * _wide(
-        np.sin(traits["yaw"])
-    )  # the ball is rounder than the lids: its front moves when the head turns
+def _eyeball(eye: _Eye) -> np.ndarray:
+    traits, u, v = eye.traits, eye.u, eye.v
+    # the ball is rounder than the lids: its front moves when the head turns
+    shift = 0.22 * _wide(np.sin(traits["yaw"]))
     dx = (u - np.clip(_wide(traits["gaze_x"]) + shift, -0.5, 0.5)) * (1 + 0.10 * _wide(np.abs(traits["gaze_x"])))
     dy = v - _wide(traits["gaze_y"] + traits["iris_height"])
     radius = _wide(traits["iris_radius"])
     distance = np.sqrt(dx * dx + dy * dy)
     share = distance / radius
-    shadow = (1 - 0.30 * u * u) * (1 - _wide(traits["lid_shadow"]) * np.exp(np.minimum((v - upper) / 0.12, 0)))
+    shadow = (1 - 0.30 * u * u) * (1 - _wide(traits["lid_shadow"]) * np.exp(np.minimum((v - eye.upper) / 0.12, 0)))
     red = _wide(traits["sclera_red"]) * (0.4 + u * u)
     white = np.stack([np.full_like(red, 0.90), 0.87 - red, 0.84 - 1.1 * red], 1) * _colour(
         np.repeat(traits["sclera_jitter"][:, None], 3, 1)
@@ -159,45 +174,37 @@ def _eyeball(u: np.ndarray, v: np.ndarray, upper: np.ndarray, lower: np.ndarray,
     # reflections of the light: one on the cornea, and the wet rim of the lower lid
     lit = traits["light_angle"]
     sx, sy = dx - 0.16 * _wide(np.cos(lit)), dy - 0.06 - 0.10 * _wide(np.abs(np.sin(lit)))
-    spot = np.exp(-(sx * sx + sy * sy) / 0.004) + 0.25 * _bump(v - lower - 0.03, 0.03) * (u * u < 0.7)
+    spot = np.exp(-(sx * sx + sy * sy) / 0.004) + 0.25 * _bump(v - eye.lower - 0.03, 0.03) * (u * u < 0.7)
     white += 0.85 * spot[:, None] * (1 - white)
     return white
 
 
-def _lid_margins(
-    image: np.ndarray,
-    u: np.ndarray,
-    v: np.ndarray,
-    upper: np.ndarray,
-    lower: np.ndarray,
-    within: np.ndarray,
-    openness: np.ndarray,
-    traits: Traits,
-    width: int,
-) -> None:
+def _lid_margins(image: np.ndarray, eye: _Eye) -> None:
+    traits, u, v, upper, lower = eye.traits, eye.u, eye.v, eye.upper, eye.lower
     inside = _step(20 * (1.02 - np.abs(u)))
     # the lower rim: a thin lighter, redder edge
-    rim = 0.45 * _bump(v - lower + 0.025, 0.035) * inside * _wide(np.minimum(openness * 4, 1))
+    rim = 0.45 * _bump(v - lower + 0.025, 0.035) * inside * np.minimum(eye.openness * 4, 1)
     image[:, 0] += 0.10 * rim
     image[:, 1:] *= (1 - 0.12 * rim)[:, None]
     strength = _wide(traits["lash_strength"])
     # lashes grow from the outer side of the lid's edge, so the line hides little of the ball
-    softness = np.maximum(_wide(traits["line_width"]), 1.2 / (width * _wide(traits["scale"])))
+    softness = np.maximum(_wide(traits["line_width"]), 1.2 / (eye.image_size[1] * _wide(traits["scale"])))
     line = (0.35 + 0.55 * strength) * _bump(v - upper - _wide(traits["line_offset"]), softness) * inside
     # Lashes turn with the lid: up when it is open, down when it is shut. Between, they point at the viewer and look short.
     # The turn is smooth, so that it marks no openness by itself.
-    turn = np.tanh((_wide(openness) - 0.25) / 0.1)
+    turn = np.tanh((eye.openness - 0.25) / 0.1)
     along = v - upper
     length = _wide(traits["lash_length"]) * (0.55 + 0.45 * np.clip((u + 1) / 1.2, 0, 1))  # longer at the outer side
     fade = np.exp(-np.abs(along) / (length * np.maximum(np.abs(turn), 0.35))) * _step(90 * along * turn)
     comb = 0.5 + 0.5 * np.cos(_wide(traits["lash_frequency"]) * u * (1 + 0.5 * np.abs(along)))
     strokes = strength * fade * comb * comb * inside
-    under = 0.18 * strength * np.exp(-np.maximum(lower - v, 0) / 0.06) * (v < lower) * comb * inside * within
+    under = 0.18 * strength * np.exp(-np.maximum(lower - v, 0) / 0.06) * (v < lower) * comb * inside * eye.within
     dark = np.maximum(np.maximum(line, strokes), under)
     _blend(image, np.minimum(dark, 0.95), _colour(0.25 * traits["hair"] + 0.02))
 
 
-def _brow(image: np.ndarray, u: np.ndarray, v: np.ndarray, traits: Traits) -> None:
+def _brow(image: np.ndarray, eye: _Eye) -> None:
+    traits, u, v = eye.traits, eye.u, eye.v
     middle = _wide(traits["brow_height"]) + _wide(traits["brow_arch"]) * (1 - (u - 0.25) ** 2)
     ends = _step(8 * (1.35 - np.abs(u - 0.05)))
     thick = 0.13 + 0.05 * np.clip(-u, -1, 1)
@@ -206,8 +213,9 @@ def _brow(image: np.ndarray, u: np.ndarray, v: np.ndarray, traits: Traits) -> No
     _blend(image, share, _colour(0.6 * traits["hair"] + 0.02))
 
 
-def _nose(image: np.ndarray, u: np.ndarray, v: np.ndarray, traits: Traits) -> None:
+def _nose(image: np.ndarray, eye: _Eye) -> None:
     """The bridge of the nose hides the inner corner when the head is turned away from this eye."""
+    traits, u, v = eye.traits, eye.u, eye.v
     turned = np.flatnonzero(traits["yaw"] > 0.12)
     if not len(turned):
         return
@@ -221,7 +229,8 @@ def _nose(image: np.ndarray, u: np.ndarray, v: np.ndarray, traits: Traits) -> No
     image[turned] = part
 
 
-def _strands(image: np.ndarray, u: np.ndarray, v: np.ndarray, traits: Traits) -> None:
+def _strands(image: np.ndarray, eye: _Eye) -> None:
+    traits, u, v = eye.traits, eye.u, eye.v
     chosen = np.flatnonzero(traits["strand"])
     if not len(chosen):
         return
@@ -232,7 +241,8 @@ def _strands(image: np.ndarray, u: np.ndarray, v: np.ndarray, traits: Traits) ->
     image[chosen] = part
 
 
-def _glasses(image: np.ndarray, u: np.ndarray, v: np.ndarray, traits: Traits) -> None:
+def _glasses(image: np.ndarray, eye: _Eye) -> None:
+    traits, u, v = eye.traits, eye.u, eye.v
     chosen = np.flatnonzero(traits["glasses"])
     if not len(chosen):
         return
@@ -257,8 +267,8 @@ def _blur_matrix(size: int, deviation: float) -> np.ndarray:
     return (weights / weights.sum(1, keepdims=True)).astype(_PIXEL)
 
 
-def _camera(image: np.ndarray, traits: Traits, noise: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    height, width = image_size
+def _camera(image: np.ndarray, eye: _Eye, noise: np.ndarray) -> np.ndarray:
+    traits, (height, width) = eye.traits, eye.image_size
     x = np.linspace(-1, 1, width, dtype=_PIXEL)[None, None, :]
     y = np.linspace(1, -1, height, dtype=_PIXEL)[None, :, None]
     lit = _wide(np.cos(traits["light_angle"])) * x + _wide(np.sin(traits["light_angle"])) * y
