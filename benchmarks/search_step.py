@@ -86,25 +86,35 @@ def plain(model: DartsSupernetForImageClassification) -> DartsSupernetForImageCl
     for cell in model.supernet.cells:
         ours, width = cell.nodes, cell.preprocessing_previous.convolution.out_channels
         cell.nodes = PlainNodes(ours, width).to(model.device, model.dtype).train(model.training)
-        for (ours_tensor, plain_tensor) in pairs(ours, cell.nodes):
-            plain_tensor.data.copy_(ours_tensor)
+        for ours_tensor, plain_tensor in pairs(ours, cell.nodes):
+            plain_tensor.data.copy_(ours_tensor.detach())
     return model
 
 
 def pairs(ours: DartsMixedNodes, theirs: PlainNodes) -> list[tuple[Tensor, Tensor]]:
-    """Parameters and statistics of both that mean the same."""
+    """Parameters and statistics of both that mean the same; those of ours are parts of larger ones."""
     found: list[tuple[Tensor, Tensor]] = []
-    for row, (source, _) in enumerate(ours.edges):
-        for operator, layer in zip(ours.operators, theirs.mixed[row], strict=True):
-            if operator in CONVOLUTIONS:
-                mixed = ours.mixed[row][operator]
-                per_repeat = zip(mixed.depthwise, mixed.pointwise, mixed.normalization, strict=True)
-                here = [tensor for modules in per_repeat for module in modules for tensor in module.state_dict().values()]
-            elif operator in ours.mixed[row]:
-                here = list(ours.mixed[row][operator].state_dict().values())
-            elif "pool" in operator:
-                here = list(ours.pooled[source][operator].state_dict().values())
-            else:
-                here = []
-            found += zip(here, layer.state_dict().values(), strict=True)
+    for source, rows in enumerate(ours.rows):
+        for edge, row in enumerate(rows):
+            for operator, layer in zip(ours.operators, theirs.mixed[row], strict=True):
+                if operator in CONVOLUTIONS:
+                    mixed = ours.convolutions[source][operator]
+                    convolutions = [module for module in layer if isinstance(module, nn.Conv2d)]
+                    norms = [module for module in layer if isinstance(module, nn.BatchNorm2d)]
+                    for number, norm in enumerate(norms):
+                        depthwise, pointwise = convolutions[2 * number : 2 * number + 2]
+                        found += [
+                            (mixed.depthwise[number, edge], depthwise.weight[:, 0]),
+                            (mixed.pointwise[number, edge], pointwise.weight[..., 0, 0]),
+                            (mixed.running_mean[number, edge], norm.running_mean),
+                            (mixed.running_var[number, edge], norm.running_var),
+                        ]
+                elif operator == "skip_connect" and ours.strides[source] == 2:
+                    found += zip(
+                        ours.reductions[source][edge].state_dict().values(), layer.state_dict().values(), strict=True
+                    )
+                elif "pool" in operator:
+                    found += zip(
+                        ours.pooled[source][operator].state_dict().values(), layer.state_dict().values(), strict=True
+                    )
     return found
