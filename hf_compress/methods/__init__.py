@@ -2,6 +2,7 @@
 
 from .axis_callback import AxisCallback
 from .dimension_search import DimensionSearchCallback
+from .drop_path_schedule import DropPathScheduleCallback
 from .network_slimming import NetworkSlimmingCallback
 from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
 from .proximal_slimming import ProximalSlimmingCallback
@@ -16,6 +17,7 @@ __all__ = [
     "SCAD",
     "AxisCallback",
     "DimensionSearchCallback",
+    "DropPathScheduleCallback",
     "Lp",
     "NetworkSlimmingCallback",
     "Penalty",

@@ -96,7 +96,9 @@ class DartsMixedConvolutions(nn.Module):
             One [batch, channels, height / stride, width / stride] for each edge.
         """
         stride, dilation = (1, 1) if is_split else (self.stride, self.dilation)
-        depthwise, pointwise, mean, variance = self.depthwise, self.pointwise, self.running_mean, self.running_var
+        depthwise: Tensor = self.depthwise
+        pointwise: Tensor = self.pointwise
+        mean, variance = self.running_mean, self.running_var
         is_whole = len(edges) == self.depthwise.shape[1]
         if not is_whole:
             index = torch.tensor(edges, device=read.device)
