@@ -19,6 +19,7 @@ _HOMES = {
     "DistillationCallback": "methods",
     "FeatureAffinityDistillation": "methods",
     "EyeRenderer": "data.eyes",
+    "DropPathScheduleCallback": "methods",
     "HfCompressConfig": "hub",
     "HfCompressError": "errors",
     "L1": "methods",

@@ -4,6 +4,7 @@ from .architecture_search import ArchitectureSearchCallback
 from .axis_callback import AxisCallback
 from .checkpoint_names import own_names_in_checkpoints
 from .dimension_search import DimensionSearchCallback
+from .drop_path_schedule import DropPathScheduleCallback
 from .feature_affinity import DistillationCallback, FeatureAffinityDistillation
 from .network_slimming import NetworkSlimmingCallback
 from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
@@ -22,6 +23,7 @@ __all__ = [
     "AxisCallback",
     "DimensionSearchCallback",
     "DistillationCallback",
+    "DropPathScheduleCallback",
     "FeatureAffinityDistillation",
     "Lp",
     "NetworkSlimmingCallback",
