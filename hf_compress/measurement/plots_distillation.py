@@ -38,8 +38,11 @@ def plot_loss_parts(path: str | Path, history: Iterable[Mapping[str, Any]]) -> P
             axes.plot([entry["step"] for entry in found], values, color=colour, linewidth=3, marker=marker, label=label)
         if all(entry[name] > 0 for entry in entries for name in names if name in entry):
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(_ticker().LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.minorticks_off()
         axes.xaxis.set_major_locator(_ticker().MaxNLocator(4, integer=True))
-        axes.grid(axis="y", which="both", color="#E3E3E3")
+        axes.grid(axis="y", color="#E3E3E3")
         axes.set_axisbelow(True)
         axes.set_xlabel("training step")
         axes.set_title("parts of the loss", loc="left")

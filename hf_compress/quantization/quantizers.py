@@ -233,7 +233,7 @@ class _ClippedReLU(Function):
         most = 2**bits - 1
         ctx.save_for_backward(x, used)
         ctx.bits, ctx.alpha_dtype = bits, alpha.dtype
-        return ((x.float() / used).ceil().clamp(0, most) * used).to(x.dtype)
+        return (x.float() / used).ceil_().clamp_(0, most).mul_(used).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -241,10 +241,10 @@ class _ClippedReLU(Function):
         x, alpha = ctx.saved_tensors
         most = 2**ctx.bits - 1
         above = x > most * alpha
-        inside = (x > 0) & ~above
-        wide = grad.float()
-        grad_alpha = 0.01 * (2 ** (ctx.bits - 1) * (wide * inside).sum() + most * (wide * above).sum())
-        return grad * inside, grad_alpha.to(ctx.alpha_dtype).reshape(()), None
+        grad_inside = grad.masked_fill((x <= 0).logical_or_(above), 0.0)
+        clipped = grad.flatten().float().dot(above.flatten().float())
+        grad_alpha = 0.01 * (2 ** (ctx.bits - 1) * grad_inside.float().sum() + most * clipped)
+        return grad_inside, grad_alpha.to(ctx.alpha_dtype).reshape(()), None
 
 
 def clipped_relu(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
@@ -264,33 +264,39 @@ def clipped_relu(x: Tensor, alpha: Tensor, bits: int) -> Tensor:
 
 
 class _InRange(Function):
+    # saves what the layers around it hold anyway, and walks over memory as few times as separate operators allow
     @staticmethod
     def forward(ctx: Any, x: Tensor, bounds: Tensor, bits: int) -> Tensor:
-        codes, step, zero = _asymmetric(x.float(), bounds[0].float(), bounds[1].float(), bits)
-        ratio = x.float() / step + zero
-        ctx.save_for_backward(ratio, codes)
+        quantized, step, zero = _asymmetric(x, bounds[0].float(), bounds[1].float(), bits)
+        quantized = quantized.to(x.dtype)
+        ctx.save_for_backward(x, quantized, step, zero)
         ctx.bits, ctx.bounds_dtype = bits, bounds.dtype
-        return ((codes - zero) * step).to(x.dtype)
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, quantized, step, zero = ctx.saved_tensors
         (grad,) = grads
-        ratio, codes = ctx.saved_tensors
         most = 2**ctx.bits - 1
-        below, above = ratio < -0.5, ratio > most + 0.5
-        inside = ~(below | above)
-        wide = grad.float()
-        rounding = (wide * (codes - ratio) * inside).sum() / most
-        bounds = torch.stack([(wide * below).sum() - rounding, (wide * above).sum() + rounding])
-        bounds = bounds / (max(1, ratio[:1].numel()) * most) ** 0.5  # by the features of one example, as Esser et al.
-        return grad * inside, bounds.to(ctx.bounds_dtype), None
+        is_above = x > ((most + 0.5 - zero) * step)
+        is_outside = (x < ((-0.5 - zero) * step)).logical_or_(is_above)
+        grad_inside = grad.masked_fill(is_outside, 0.0)
+        outside = (grad - grad_inside).flatten().float()
+        above = outside.dot(is_above.flatten().float())
+        rounding = grad_inside.flatten().float().dot((quantized - x).flatten().float()) / (step * most)
+        bounds = torch.stack([outside.sum() - above - rounding, above + rounding])
+        bounds = bounds / (max(1, x[:1].numel()) * most) ** 0.5  # by the features of one example, as Esser et al.
+        return grad_inside, bounds.to(ctx.bounds_dtype), None
 
 
 def _asymmetric(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized values in float32, the step, and which code is zero."""
     low, high = low.clamp_max(0), high.clamp_min(0)  # zero is a code, so that padding is exact
-    step = ((high - low) / (2**bits - 1)).clamp_min(_TINY)
+    most = 2**bits - 1
+    step = ((high - low) / most).clamp_min(_TINY)
     zero = (-low / step).round()
-    return ((x / step).round() + zero).clamp(0, 2**bits - 1), step, zero
+    codes = (x.float() / step).round_()  # without the code of zero, which they are moved by
+    return codes.clamp_(-zero, most - zero).mul_(step), step, zero
 
 
 def in_range(x: Tensor, bounds: Tensor, bits: int) -> Tensor:
@@ -318,6 +324,5 @@ def in_own_range(x: Tensor, bits: int) -> Tensor:
         wide = x.float()
         dims = tuple(range(1, x.dim()))
         low, high = (wide.amin(dims, keepdim=True), wide.amax(dims, keepdim=True)) if dims else (wide, wide)
-        codes, step, zero = _asymmetric(wide, low, high, bits)
-        quantized = ((codes - zero) * step).to(x.dtype)
+        quantized = _asymmetric(wide, low, high, bits)[0].to(x.dtype)
     return _StraightThrough.apply(x, quantized)

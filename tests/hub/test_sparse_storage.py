@@ -15,8 +15,10 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 
 import hf_compress
 from hf_compress.errors import ModelError, RecordError
+from hf_compress.hub import HfCompressConfig
 from hf_compress.hub.sparse_storage import compact, decode, encode, pays_off
 from hf_compress.models.lenet import LeNetConfig, LeNetForImageClassification
+from hf_compress.quantization import quantization_of, quantize
 
 LOAD = AutoModelForImageClassification.from_pretrained
 RESNET = transformers.ResNetConfig(
@@ -244,3 +246,25 @@ def test_unknown_storages_and_other_modules_are_refused(tmp_path):
     plain = LeNetForImageClassification(LeNetConfig(num_labels=7))
     plain.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("order", ["quantized first", "compact first"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_low_bits_and_sparse_tensors_in_one_checkpoint(name, order, tmp_path):
+    """Codes are stored packed, the float layers with zeros as bitmask and values; both come back, and can be undone."""
+    model = sparse(name)
+    steps = [lambda: quantize(model, HfCompressConfig(weights=4)), lambda: compact(model)]
+    for step in steps if order == "quantized first" else steps[::-1]:
+        step()
+    model.save_pretrained(tmp_path / "saved")
+    names = load_file(tmp_path / "saved" / "model.safetensors").keys()
+    assert sum(n.endswith("hf_compress_codes") for n in names) == len(quantization_of(model).layers)
+    assert any(n.endswith(":bitmask") for n in names) and not any("codes:" in n for n in names)
+    again = LOAD(tmp_path / "saved")
+    assert_same(again, model)
+    assert quantization_of(again).weights == 4 and again.config.quantization_config.storage == "sparse"
+    again.save_pretrained(tmp_path / "twice")
+    assert digest(tmp_path / "twice") == digest(tmp_path / "saved")
+    again.dequantize()
+    again.save_pretrained(tmp_path / "float")
+    assert_same(LOAD(tmp_path / "float"), model)

@@ -1,0 +1,341 @@
+"""Low-bit students on Fashion-MNIST: what a teacher's logits, its affinities and labels are worth.
+
+A float ResNet of the size of ResNet-20 is trained with labels. Students with weights of four bits and of one learn from
+labels alone, from its logits alone, or from logits and affinities without labels (FAQD, Li et al. 2023, arXiv 2302.10899),
+with the exact and the fast affinity loss, in the squared form and in the paper's l1. A student has the teacher's shape and
+new weights, or is the teacher, cut to half of its MACs by magnitude. For one seed all students of a kind have the same
+first weights, batches, steps, optimizer and schedule. Weights of the affinity loss are chosen on a validation split and a
+seed that is not reported. Whatever is finished stays in a JSON-lines file, so a run that was killed goes on where it
+stopped.
+
+    python benchmarks/faqd.py --tune       # fill the grids
+    python benchmarks/faqd.py              # three seeds with what was chosen, then report
+    python benchmarks/faqd.py --plot-only  # table, JSON and plot again from what is finished
+    python benchmarks/faqd.py --quick      # everything once at a toy size: does it run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import fashion_mnist
+import slimming_pareto
+import torch
+from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
+from slimming_pareto import TUNING_SEED, Protocol, Record, build, cut, example, read_records, spread, write
+from torch import nn
+
+from hf_compress import FeatureAffinityDistillation, QuantizationAwareTrainingCallback, find_axes, magnitude_scores
+from hf_compress.measurement import checkpoint_bytes
+from hf_compress.measurement.latency import describe_machine
+
+HERE = Path(__file__).resolve().parent
+PROTOCOL = replace(Protocol(), budgets=(0.5,))
+QUICK = replace(slimming_pareto.QUICK, train_images=1_000, train_steps=15)
+RATE, CLIP = 0.05, 20.0  # the papers' code clips at 20 where activations are quantized
+STUDENTS = ("new", "pruned")
+BITS = (4, 1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        settings: of :class:`FeatureAffinityDistillation`; None for labels alone, without a teacher.
+        grid: weights of the affinity loss that are tried.
+    """
+
+    label: str
+    settings: dict[str, Any] | None
+    grid: tuple[float, ...] = field(default=(0.0,))
+
+
+GRID = (3.0, 10.0, 30.0)
+METHODS = {
+    "labels": Method("labels alone", None),
+    "kd": Method("logits", {}),
+    "fa": Method("logits + FA, squared", {"fast": False, "norm": "squared"}, GRID),
+    "ffa": Method("logits + FFA, squared", {"fast": True, "norm": "squared"}, GRID),
+    "fa_l1": Method("logits + FA, l1 (paper)", {"fast": False, "norm": "l1"}, GRID),
+    # its expectation is of another size, see hf_compress.distillation.losses; the maps here have 49 to 4 pixels
+    "ffa_l1": Method("logits + FFA, l1 (paper's code)", {"fast": True, "norm": "l1"}, (10.0, 30.0, 100.0)),
+    "ffa_labels": Method(
+        "logits + FFA, squared + labels", {"fast": True, "norm": "squared", "label_weight": 0.3}, GRID
+    ),
+}
+
+
+class Bench:
+    """Runs what is not yet in the records file and appends to it."""
+
+    def __init__(self, protocol: Protocol, data: Data, records_file: Path):
+        self.protocol, self.data, self.file = protocol, data, records_file
+        self.records = read_records(records_file)
+        self.teachers: dict[int, Any] = {}
+
+    def has(self, key: Record) -> bool:
+        self.records = read_records(self.file)  # another process may work on other methods
+        return any(all(record.get(name) == value for name, value in key.items()) for record in self.records)
+
+    def add(self, record: Record) -> None:
+        with self.file.open("a") as stream:  # one short write: a kill leaves at most a last line that is not read
+            stream.write(json.dumps(record) + "\n")
+        shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items())
+        print(time.strftime("%H:%M:%S"), shown, flush=True)
+
+    def measured(self, model: nn.Module, seed: int) -> dict[str, float]:
+        found = {"validation": accuracy(model, self.data.validation)}
+        if seed != TUNING_SEED:
+            found["test"] = accuracy(model, self.data.test)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)  # type: ignore[operator]
+            found["bytes"] = checkpoint_bytes(folder)
+        return found
+
+    def teacher(self, seed: int) -> Any:
+        """The float network of a seed, trained when it is first asked for and kept beside the records."""
+        if seed in self.teachers:
+            return self.teachers[seed]
+        model, file = build(self.protocol, seed), self.file.with_suffix(f".teacher-{seed}.pt")
+        if file.exists():
+            model.load_state_dict(torch.load(file))
+        else:
+            slimming_pareto.train(model, self.data, self.protocol, seed)
+            torch.save(model.state_dict(), file.with_suffix(".part"))
+            os.replace(file.with_suffix(".part"), file)
+        key = {"student": "-", "bits": 32, "method": "teacher", "weight": 0.0, "seed": seed}
+        if not self.has(key):
+            self.add({**key, **self.measured(model, seed)})
+        self.teachers[seed] = model
+        return model
+
+    def student(self, kind: str, seed: int) -> Any:
+        if kind == "new":
+            return build(self.protocol, seed + 500)
+        small = copy.deepcopy(self.teacher(seed)).requires_grad_()
+        cut(small, magnitude_scores(small, find_axes(small, example())), self.protocol.budgets[0])  # type: ignore[arg-type]
+        return small
+
+    def run(self, kind: str, bits: int, name: str, weight: float, seed: int) -> None:
+        key = {"student": kind, "bits": bits, "method": name, "weight": weight, "seed": seed}
+        if self.has(key):
+            return
+        teacher, student = self.teacher(seed), self.student(kind, seed)
+        since = time.process_time()
+        model, settings = student, METHODS[name].settings
+        if settings is not None:
+            model = FeatureAffinityDistillation(
+                student, copy.deepcopy(teacher), affinity_weight=weight, example_inputs=example(), **settings
+            )
+        fashion_mnist.train(
+            model, self.data, seed, [QuantizationAwareTrainingCallback(weights=bits)],
+            max_steps=self.protocol.train_steps, per_device_train_batch_size=self.protocol.batch_size,
+            optim="sgd", optim_args="momentum=0.9,nesterov=True", learning_rate=RATE, lr_scheduler_type="cosine",
+            weight_decay=1e-4, max_grad_norm=CLIP,
+        )  # fmt: skip
+        seconds = time.process_time() - since
+        self.add({**key, **self.measured(student, seed), "cpu_seconds": seconds})
+
+
+Choice = dict[tuple[str, int, str], float]  # student, bits and method -> weight of the affinity loss
+
+
+def chosen_weights(records: list[Record]) -> Choice:
+    """The best weight of every finished grid, by the validation accuracy at the tuning seed."""
+    choice: Choice = {}
+    for kind in STUDENTS:
+        for bits in BITS:
+            for name, method in METHODS.items():
+                tried = {
+                    r["weight"]: r["validation"]
+                    for r in records
+                    if r["seed"] == TUNING_SEED and (r["student"], r["bits"], r["method"]) == (kind, bits, name)
+                }
+                if len(method.grid) == 1:
+                    choice[kind, bits, name] = method.grid[0]
+                elif set(method.grid) <= set(tried):
+                    choice[kind, bits, name] = max(method.grid, key=lambda weight: tried[weight])
+    return choice
+
+
+def tune(bench: Bench, students: Iterable[str], only: Iterable[str]) -> None:
+    for kind in students:
+        for bits in BITS:
+            for name in only:
+                for weight in METHODS[name].grid if len(METHODS[name].grid) > 1 else ():
+                    bench.run(kind, bits, name, weight, TUNING_SEED)
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def summary(bench: Bench, choice: Choice) -> list[Record]:
+    """One row per student, bits and method, over the reported seeds that are finished with the chosen weight."""
+    rows: list[Record] = []
+    wanted = {("-", 32, "teacher"): 0.0, **choice}
+    for (kind, bits, name), weight in wanted.items():
+        found = [
+            r
+            for r in bench.records
+            if (r["student"], r["bits"], r["method"], r["weight"]) == (kind, bits, name, weight)
+            and r["seed"] in bench.protocol.seeds
+        ]
+        if not found:
+            continue
+        label = "float teacher" if name == "teacher" else METHODS[name].label
+        row: Record = {"student": kind, "bits": bits, "method": name, "label": label, "weight": weight}
+        row["seeds"] = sorted(r["seed"] for r in found)
+        for key in ("test", "bytes", "cpu_seconds"):
+            values = [r[key] for r in found if key in r]
+            if values:
+                row[key], row[f"{key}_std"] = spread(values)
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[Record]) -> str:
+    lines = [
+        "| student | bits of weights | learns from | weight of affinity | top-1 % | bytes | CPU seconds | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "-"
+        weight = f"{row['weight']:g}" if row["weight"] else "-"
+        lines.append(
+            f"| {row['student']} | {row['bits']} | {row['label']} | {weight} | {row['test']:.2f} ± {row['test_std']:.2f} | "
+            f"{row['bytes']:,.0f} | {seconds} | {len(row['seeds'])} |"
+        )
+    return "\n".join(lines)
+
+
+def verdicts(rows: list[Record]) -> str:
+    """The claims: without labels four bits reach the float network of the same shape; fast is exact within noise."""
+    found = {(row["student"], row["bits"], row["method"]): row for row in rows}
+    teacher = found.get(("-", 32, "teacher"))
+    lines = []
+    for (kind, bits, name), row in found.items():
+        if name == "ffa" and teacher is not None:
+            lines.append(
+                f"- {kind}, {bits} bits, FFA without labels: {row['test'] - teacher['test']:+.2f} points from the float teacher"
+            )
+        exact = found.get((kind, bits, name.replace("ffa", "fa")))
+        if name in ("ffa", "ffa_l1") and exact is not None:
+            lines.append(
+                f"- {kind}, {bits} bits, {METHODS[name].settings['norm']}: FFA {row['test'] - exact['test']:+.2f} points from "  # type: ignore[index]
+                f"FA, in {row['cpu_seconds'] / exact['cpu_seconds']:.2f} of the CPU time of training"
+            )
+    return "\n".join(lines)
+
+
+def plot(rows: list[Record], path: Path) -> None:
+    """Test accuracy of every method; a panel for each student and number of bits, the float teacher as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(kind, bits) for bits in BITS for kind in STUDENTS]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.8 * len(panels), 3.6), squeeze=False, sharey=True)
+    teacher = next((row for row in rows if row["method"] == "teacher"), None)
+    names = list(METHODS)
+    for (kind, bits), panel in zip(panels, axes[0], strict=True):
+        if teacher is not None:
+            panel.axvline(teacher["test"], color="0.5", linewidth=1)
+        for row in rows:
+            if (row["student"], row["bits"]) == (kind, bits):
+                place = names.index(row["method"])
+                panel.errorbar([row["test"]], [place], xerr=[row["test_std"]], marker="o", capsize=3, color="#0072B2")
+        panel.set_title(f"{kind} student, {bits} bit{'s' if bits > 1 else ''}", loc="left")
+        panel.set_xlabel("test accuracy, %")
+        panel.grid(axis="x", alpha=0.3)
+    axes[0][0].set_yticks(range(len(names)), [METHODS[name].label for name in names])
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    written = path.with_suffix(".part.png")
+    figure.savefig(written, dpi=130)
+    pyplot.close(figure)
+    os.replace(written, path)
+
+
+def report(bench: Bench, choice: Choice, results: Path, name: str) -> None:
+    bench.records = read_records(bench.file)
+    rows = summary(bench, choice)
+    if not rows:
+        print("nothing to report yet")
+        return
+    minutes = sum(r.get("cpu_seconds", 0) for r in bench.records) / 60
+    text = (
+        f"Top-1 is the accuracy in % on the 10,000 test images, mean ± standard deviation over seeds; bytes are of the "
+        f"checkpoint. {minutes:.0f} minutes of one CPU core for all students, choosing weights included; "
+        f"{describe_machine()}.\n\n{table(rows)}\n\n{verdicts(rows)}\n"
+    )
+    print(text)
+    whole = {
+        "protocol": {**asdict(bench.protocol), "student_learning_rate": RATE, "max_grad_norm": CLIP},
+        "grid": {key: method.grid for key, method in METHODS.items() if len(method.grid) > 1},
+        "chosen_by": f"validation accuracy at seed {TUNING_SEED}",
+        "rows": rows,
+        "records": bench.records,
+    }
+    write(results / f"{name}.json", json.dumps(whole, indent=1) + "\n")
+    write(results / f"{name}.md", text)
+    plot(rows, results / f"{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", default=DEFAULT_DATA)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--tune", action="store_true", help="fill the grids on the validation split")
+    parser.add_argument("--only", nargs="+", choices=sorted(METHODS), default=list(METHODS))
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps: a smoke test, results mean nothing")
+    parser.add_argument("--plot-only", action="store_true", help="report what is finished")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run these of the seeds alone")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)
+    logging.getLogger("hf_compress").setLevel(logging.ERROR)  # it would warn of every folded shift
+    name = "faqd_quick" if arguments.quick else "faqd"
+    protocol = QUICK if arguments.quick else PROTOCOL
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    data = Data(*[(torch.empty(0), torch.empty(0))] * 3)
+    if not arguments.plot_only:
+        data = load_data(arguments.data, protocol.train_images)
+    if arguments.quick:
+        data = Data(data.train, *((pixels[:500], labels[:500]) for pixels, labels in (data.validation, data.test)))
+    bench = Bench(protocol, data, arguments.results / f"{name}.jsonl")
+    if arguments.tune:
+        tune(bench, arguments.students, arguments.only)
+    choice = chosen_weights(bench.records)
+    if arguments.quick:
+        choice = {(k, b, n): m.grid[-1] for k in arguments.students for b in BITS for n, m in METHODS.items()}
+    if arguments.tune:
+        print("\n".join(f"{' '.join(map(str, key))}: {weight:g}" for key, weight in choice.items()))
+        return
+    wanted = {(k, b, n) for k in arguments.students for b in BITS for n in arguments.only}
+    if not arguments.plot_only:
+        if wanted - choice.keys():
+            parser.error(f"no weight is chosen yet for {sorted(wanted - choice.keys())}: run with --tune first")
+        for seed in arguments.seeds or protocol.seeds:
+            for key, weight in choice.items():
+                if key in wanted:
+                    bench.run(*key, weight, seed)
+    report(bench, choice, arguments.results, name)
+
+
+if __name__ == "__main__":
+    main()
