@@ -17,6 +17,7 @@ _HOMES = {
     "AxisGraph": "axes",
     "Plan": "surgery",
     "DimensionSearchCallback": "methods",
+    "DropPathScheduleCallback": "methods",
     "HfCompressConfig": "hub",
     "HfCompressError": "errors",
     "L1": "methods",

@@ -3,6 +3,7 @@
 from .architecture_search import ArchitectureSearchCallback
 from .axis_callback import AxisCallback
 from .dimension_search import DimensionSearchCallback
+from .drop_path_schedule import DropPathScheduleCallback
 from .network_slimming import NetworkSlimmingCallback
 from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
 from .proximal_slimming import ProximalSlimmingCallback
@@ -19,6 +20,7 @@ __all__ = [
     "ArchitectureSearchCallback",
     "AxisCallback",
     "DimensionSearchCallback",
+    "DropPathScheduleCallback",
     "Lp",
     "NetworkSlimmingCallback",
     "Penalty",

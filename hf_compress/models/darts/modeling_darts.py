@@ -34,7 +34,7 @@ from .operations_darts import (
     StatisticsOnce,
     operation,
 )
-from .supernet_darts import DartsMixedNodes
+from .supernet_darts import DartsMixedConvolutions, DartsMixedNodes
 
 
 def preprocessing(in_channels: int, width: int, is_halved: bool, affine: bool) -> nn.Module:
@@ -117,6 +117,14 @@ class DartsPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, DartsMixedConvolutions):
+            for parameter, fan_in in (
+                (module.depthwise, module.depthwise.shape[-1] ** 2),
+                (module.pointwise, module.channels),
+            ):
+                init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
         elif isinstance(module, nn.ParameterDict):
             for alpha in module.values():
                 init.normal_(alpha, std=self.config.initial_alpha)
