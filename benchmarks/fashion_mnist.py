@@ -102,7 +102,12 @@ def train(
     optimizer: torch.optim.Optimizer | None = None,
     **arguments: Any,
 ) -> None:
-    """Train by the ordinary Trainer, in silence and with nothing kept but the model; ``arguments`` are TrainingArguments."""
+    """Train by the ordinary Trainer, in silence and with nothing kept but the model; ``arguments`` are TrainingArguments.
+
+    A callback that searches on two halves of the training images keeps the one that it does not train on.
+    """
+    callbacks, images = list(callbacks), Images(*data.train, seed=seed)
+    halving = next((callback.halve for callback in callbacks if hasattr(callback, "halve")), None)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder,
@@ -120,10 +125,10 @@ def train(
         Trainer(
             model,
             settings,
-            train_dataset=Images(*data.train, seed=seed),
+            train_dataset=halving(images) if halving is not None else images,
             data_collator=as_batch,
             optimizers=(optimizer, None),
-            callbacks=list(callbacks),
+            callbacks=callbacks,
         ).train()
 
 

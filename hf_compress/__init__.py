@@ -12,6 +12,7 @@ from . import _registration
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "ArchitectureSearchCallback": "methods",
     "Axis": "axes",
     "AxisGraph": "axes",
     "Plan": "surgery",
@@ -36,6 +37,7 @@ _HOMES = {
     "SparseGroupCallback": "methods",
     "TrainedRankPruningCallback": "methods",
     "TransformedL1": "methods",
+    "WidthSearchCallback": "methods",
     "export_onnx": "export",
     "factorize": "surgery",
     "factorize_report": "surgery",

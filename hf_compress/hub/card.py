@@ -102,6 +102,7 @@ class CardContent:
         dataset_is_on_hub: whether ``dataset_id`` may be linked from the metadata.
         description: a sentence or two about this model.
         architecture: class or family of the model.
+        reference: what ``dense`` is, in words.
         stages: what was done, in order, for example ``("train", "network_slimming", "prune", "finetune")``.
         base_model: Hub id of the model that the run started from.
         license: identifier that the Hub knows, for example ``apache-2.0``.
@@ -128,6 +129,7 @@ class CardContent:
     dataset_is_on_hub: bool = False
     description: str = ""
     architecture: str = ""
+    reference: str = "dense model"
     stages: Sequence[str] = ()
     base_model: str | None = None
     license: str | None = None
@@ -226,7 +228,7 @@ def _introduction(card: CardContent) -> str:
             shares.append(f"{100 * left / whole:.0f} % of the {name}")
     sentence = f"{kind}, made smaller with `hf_compress`"
     listed = " and ".join([", ".join(shares[:-1]), shares[-1]] if len(shares) > 1 else shares)
-    sentence += f": it has {listed} of the dense model." if shares else "."
+    sentence += f": it has {listed} of the {card.reference}." if shares else "."
     lines = [sentence]
     if card.stages:
         lines.append("Stages: " + " → ".join(stage.replace("_", " ") for stage in card.stages) + ".")
@@ -253,7 +255,7 @@ def _table(card: CardContent) -> str:
             rows.append((name, *(f"{value}{_SPACE}{prefix}{unit}".strip() for value in shown), ratio))
     if not rows:
         return ""
-    lines = ["| | Dense | Small | Ratio |", "|:--|--:|--:|--:|"]
+    lines = [f"| | {card.reference.removesuffix(' model').capitalize()} | Small | Ratio |", "|:--|--:|--:|--:|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
 

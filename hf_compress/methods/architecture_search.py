@@ -83,7 +83,8 @@ class ArchitectureSearchCallback(TrainerCallback, ExportableState):
         split_seed: which items that is.
         training_weight: lambda, above 0; or a pair (first, last) between which it moves geometrically over the training.
         coupling: beta, above 0; likewise a pair. Plain steps of length lr need ``lr * coupling`` below 2.
-        passes: of ``"rarts"``, see above.
+        passes: of ``"rarts"``, see above. Shared ones cost half and bear smaller steps (see
+            :class:`.relaxed_search.RelaxedSearch`); with the learning rates of DARTS, steps are small.
         architecture: glob pattern or patterns of the architecture parameters' names; None asks the model.
         architecture_lr: learning rate of alpha, constant.
         architecture_optimizer: ``"adam"``, or ``"sgd"`` for plain gradient steps.

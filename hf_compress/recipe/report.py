@@ -94,7 +94,8 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     write_json(made / "metrics.json", metrics)
     pictures = draw(prepared, folder, index, metrics, made) | prepared.task.draw(prepared, models, made)
     pictures |= _draw_filters(prepared, models["compressed"], made)
-    write_readme(prepared, stage, metrics, pictures, made, describe_machine())
+    architecture = type(models["compressed"]).__name__.removesuffix(prepared.task.auto)
+    write_readme(prepared, stage, metrics, pictures, made, describe_machine(), architecture)
     return {"stage": "report", "dense": chosen, "metrics": metrics}
 
 
@@ -281,7 +282,13 @@ def _draw_ranks(folders: list[Path], made: Path) -> dict[str, str]:
 
 
 def write_readme(
-    prepared: Prepared, stage: ReportStage, metrics: dict[str, Any], pictures: dict[str, str], made: Path, machine: str
+    prepared: Prepared,
+    stage: ReportStage,
+    metrics: dict[str, Any],
+    pictures: dict[str, str],
+    made: Path,
+    machine: str,
+    architecture: str,
 ) -> None:
     """The model card."""
     from ..hub.card import CardContent, write_card
@@ -304,7 +311,8 @@ def write_readme(
             dataset_split=recipe.data.test_split or "test",
             dataset_is_on_hub=is_on_hub,
             description=recipe.description,
-            architecture=type(prepared.model).__name__.removesuffix(prepared.task.auto),
+            architecture=architecture,
+            reference="supernet" if any(other.stage == "derive" for other in recipe.stages) else "dense model",
             stages=[other.stage for other in recipe.stages if other.stage in MODEL_STAGES],
             base_model=base if base is not None and local_folder(recipe, base) is None else None,
             reload_max_abs_diff=metrics["reload_max_abs_diff"],

@@ -220,9 +220,19 @@ class Training(Section):
 
 
 class TrainStage(Training):
-    """Ordinary training."""
+    """Ordinary training.
+
+    Attributes:
+        drop_path_schedule: raise the rates of the model's drop paths linearly from 0, as DARTS does.
+    """
 
     stage: Literal["train"]
+    drop_path_schedule: bool = False
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.DropPathScheduleCallback() if self.drop_path_schedule else None
 
 
 class FinetuneStage(Training):

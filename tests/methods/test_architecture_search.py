@@ -17,6 +17,7 @@ from hf_compress.errors import DataError, MethodError, ModelError
 from hf_compress.methods import ArchitectureSearchCallback, report_first
 from hf_compress.methods.architecture_state import NAME, state_in
 from hf_compress.methods.relaxed_search import BilevelSearch, RelaxedSearch, squared_distance
+from hf_compress.models.darts import DartsSupernetConfig, DartsSupernetForImageClassification
 
 # float32 sums in another order over a few steps
 CLOSE = 5e-6
@@ -519,3 +520,75 @@ def test_arguments_survive_a_checkpoint():
     state = json.loads(json.dumps(callback.state()))
     again = ArchitectureSearchCallback.from_state(state)
     assert again.state() == callback.state() and "validation_dataset" not in state["args"]
+
+
+def supernet() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = DartsSupernetConfig(
+        num_cells=2, nodes=1, width=4, stem_multiplier=1, num_labels=7, image_size=8, reduction_cells=[1]
+    )
+    return DartsSupernetForImageClassification(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_transformers_supernet_is_searched_resumed_and_derived(method, tmp_path):
+    """Trainer loads the best checkpoint and resumes; the final model is an ordinary one that derives another."""
+    options = {"size": 8, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim_args": "momentum=0.9"}
+
+    def make():
+        return ArchitectureSearchCallback(**METHODS[method], architecture_lr=0.1)
+
+    model, trainer = searched(tmp_path, make(), supernet(), **options, eval_strategy="steps", eval_steps=2)
+    expected = weights(model)
+    assert expected.keys() == weights(supernet()).keys()
+    again = supernet()
+    resumed = search_trainer(again, make(), tmp_path, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_difference(weights(again), expected) == 0.0
+    trainer.save_model(str(tmp_path / "final"))
+    loaded, report = DartsSupernetForImageClassification.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not report["unexpected_keys"] and not report["missing_keys"]
+    assert loaded.genotype() == model.genotype()
+    for alpha, first in zip(
+        model.architecture_parameters().values(), supernet().architecture_parameters().values(), strict=True
+    ):
+        assert (alpha - first).abs().max() > 0.1
+    history = [entry for entry in trainer.state.log_history if "architecture" in entry]
+    assert history[-1]["architecture"].keys() == {"supernet.alphas.normal", "supernet.alphas.reduce"}
+    discrete = model.derive(num_cells=3)
+    out = discrete(pixel_values=torch.randn(2, 3, 8, 8), labels=torch.tensor([0, 1]))
+    out.loss.backward()
+    assert discrete.config.genotype == model.genotype()
+
+
+def test_a_model_trained_in_bf16_before_has_a_copy_of_its_own(tmp_path):
+    """Accelerate leaves the model a forward that is bound to it; a copy must not run that one."""
+    model = mixed()
+    options = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=8,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        bf16=True,
+    )
+    transformers.Trainer(model, options, train_dataset=Images(4, 32)).train()
+    assert "forward" in vars(model)  # else there is nothing to test
+    searched(tmp_path, ArchitectureSearchCallback(architecture_lr=0.1), model, bf16=True)
+    moved = []
+
+    class Look(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            network = state_in(model).network
+            pixels = torch.randn(4, 3, 4, 4)
+            moved.append((network(pixels)["logits"] - model(pixels)["logits"]).abs().max().item())
+
+    trainer = search_trainer(model, ArchitectureSearchCallback(), tmp_path, bf16=True, learning_rate=0.5)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert moved[-1] > 1e-2  # two networks answer
+    network_gets_gradients = [
+        e["search_gradient_weights"] for e in trainer.state.log_history if "search_objective" in e
+    ]
+    assert all(norm > 0 for norm in network_gets_gradients)
