@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .plots import _GREY, _figure
+from .plots import _GREY, _WIDTH, _figure
 from .segmentation import IGNORED
 
 _HEADING, _LEGEND = 0.45, 0.5  # inches
@@ -47,7 +47,7 @@ def draw_masks(
                 )
     totals = np.bincount(np.concatenate([mask.ravel() for found in columns.values() for mask in found]), minlength=256)
     named = [int(c) for c in totals.argsort(kind="stable")[::-1] if totals[c] and c not in (0, ignored)][:_MOST_NAMED]
-    width = 8.0 / (1 + len(columns))
+    width = _WIDTH / (1 + len(columns))
     height = _HEADING + _LEGEND + sum(width * image.height / image.width for image in images)
     with _figure(path, height) as frame:
         import matplotlib
