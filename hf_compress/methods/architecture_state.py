@@ -155,9 +155,6 @@ def trained_weights(model: nn.Module, architecture: Iterable[str]) -> list[nn.Pa
 def _second_copy(model: nn.Module, architecture: Sequence[nn.Parameter], shared: Iterable[Any]) -> nn.Module:
     memo: dict[int, Any] = {id(thing): thing for thing in [*architecture, *shared]}
     network = copy.deepcopy(model, memo)
-    # Mixed precision of an earlier training leaves in the instance a forward that runs the model itself, not its copy.
-    for attribute in ("forward", "_original_forward"):
-        vars(network).pop(attribute, None)
     owned = {id(alpha) for alpha in architecture}
     for module in network.modules():
         for attribute, parameter in list(module._parameters.items()):
