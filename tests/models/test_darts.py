@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import json
 import sys
@@ -16,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from masking import assert_cut_equals_masked, random_keep
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -38,6 +40,7 @@ from hf_compress.models.darts import (
 )
 from hf_compress.models.darts.depthwise_darts import DepthwiseFunction, depthwise, join_phases, split_phases
 from hf_compress.models.darts.genotype_darts import DARTS_V2, OPERATORS, check_genotype, choose, edges_of
+from hf_compress.models.darts.modeling_darts import DartsCell
 from hf_compress.models.darts.operations_darts import DartsDropPath
 from hf_compress.models.darts.supernet_darts import DartsMixedConvolutions, DartsMixedNodes
 
@@ -53,7 +56,7 @@ SMALL = {
 }
 SEARCHED = {
     "three nodes": {"num_cells": 3, "width": 4, "image_size": 14, "nodes": 3},
-    "imagenet": {"num_cells": 3, "width": 4, "image_size": 32, "nodes": 2, "stem": "imagenet"},
+    "imagenet": {"num_cells": 3, "width": 4, "image_size": 64, "nodes": 2, "stem": "imagenet"},
     "without reduction": {"num_cells": 2, "width": 3, "image_size": 8, "nodes": 2, "reduction_cells": []},
     "few operators": {"num_cells": 3, "width": 4, "image_size": 8, "nodes": 2,
                       "operators": ["skip_connect", "dil_conv_3x3", "none"]},
@@ -140,7 +143,7 @@ def test_initial_weights_are_torchs_defaults() -> None:
     for module in model.modules():
         if isinstance(module, DartsMixedConvolutions):
             kernel = module.depthwise.shape[-1]
-            for parameter, bound in ((module.depthwise, 1 / kernel), (module.pointwise, 16**-0.5)):
+            for parameter, bound in ((module.depthwise, 1 / kernel), (module.pointwise, module.channels**-0.5)):
                 assert 0.9 * bound < float(parameter.detach().abs().max()) <= bound  # hundreds of uniform numbers
                 assert abs(float(parameter.detach().std()) / (bound / 3**0.5) - 1) < 0.1
         elif isinstance(module, nn.Conv2d):
@@ -296,13 +299,19 @@ def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return found | {f"gradient of {name}": grad for name, grad in cells.items()}
 
 
-@pytest.mark.parametrize("way", [None, "composed", "grouped", "separate"])
+WAYS = [
+    *((name, None) for name in SEARCHED),
+    *(("without reduction", way) for way in ("composed", "grouped", "separate")),
+    *(("imagenet", way) for way in ("composed", "grouped", "separate")),
+]
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize(("name", "way"), WAYS)
 def test_supernet_is_the_plain_one(
     name: str, dtype: torch.dtype, tolerance: float, way: str | None, search_step
 ) -> None:
-    """Outputs, all gradients and running statistics, relative to the largest number of each tensor."""
+    """Outputs, all gradients and running statistics."""
     ours = supernet(name, dtype)
     for module in ours.modules():
         if isinstance(module, DartsMixedConvolutions):
@@ -318,10 +327,9 @@ def test_supernet_is_the_plain_one(
         for place, (here, there) in enumerate(search_step.gradients(a, b)):
             found[f"{number}.{place}.gradient"], expected[f"{number}.{place}.gradient"] = here, there
     assert found.keys() == expected.keys() and len(found) > 50
-    scale = max(float(value.abs().max()) for key, value in expected.items() if "gradient" in key)
     for key, value in expected.items():
-        # a gradient that is zero but for rounding is compared with the others
-        bound = max(float(value.abs().max()), 1e-2 * scale if "gradient" in key else 0.0)
+        # absolute for numbers below 1, as float32 rounds the sums of larger ones that gradients are made of
+        bound = max(1.0, float(value.abs().max()))
         assert float((found[key] - value).abs().max()) <= tolerance * bound, key
     for model in (ours, plain):
         model.eval()
@@ -374,14 +382,14 @@ def test_parts_of_the_search_cell() -> None:
     generator = torch.Generator().manual_seed(0)
     for kernel in (3, 5):
         for stride in (1, 2):
-            for height, width in ((8, 6), (7, 9)):
-                x = torch.randn(2, 3, height, width, dtype=torch.float64, generator=generator, requires_grad=True)
-                weight = torch.randn(3, 1, kernel, kernel, dtype=torch.float64, generator=generator, requires_grad=True)
+            for height, width in ((6, 4), (5, 3)):
+                x = torch.randn(2, 2, height, width, dtype=torch.float64, generator=generator, requires_grad=True)
+                weight = torch.randn(2, 1, kernel, kernel, dtype=torch.float64, generator=generator, requires_grad=True)
                 apply = lambda x, w, stride=stride: DepthwiseFunction.apply(x, w, stride)  # noqa: E731
-                expected = F.conv2d(x, weight, None, stride, kernel // 2, 1, 3)
+                expected = F.conv2d(x, weight, None, stride, kernel // 2, 1, 2)
                 torch.testing.assert_close(apply(x, weight), expected)
                 assert torch.autograd.gradcheck(apply, (x, weight))
-                dilated = F.conv2d(x, weight, None, stride, 2 * (kernel // 2), 2, 3)
+                dilated = F.conv2d(x, weight, None, stride, 2 * (kernel // 2), 2, 2)
                 if stride == 2:
                     torch.testing.assert_close(depthwise(x[:, :, ::2, ::2], weight), dilated)
                 elif height % 2 == 0:
@@ -443,7 +451,7 @@ def test_drop_path_keeps_the_mean_and_drops_whole_examples() -> None:
     torch.manual_seed(0)
     layer = DartsDropPath(0.25).train()
     output = layer(torch.ones(4000, 2, 3, 3))
-    assert set(output.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert output.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert torch.equal(output.amax((1, 2, 3)), output.amin((1, 2, 3)))
     assert abs(float(output.mean()) - 1) < 0.05  # five standard errors
     assert torch.equal(layer.eval()(output), output)
@@ -454,14 +462,15 @@ def test_drop_path_keeps_the_mean_and_drops_whole_examples() -> None:
 def test_gradient_checkpointing_changes_nothing(kind: str, reentrant: bool) -> None:
     model = small("auxiliary").double().train() if kind == "derived" else supernet("three nodes")
     other = copy.deepcopy(model)
-    other.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert other.is_gradient_checkpointing
+    other._set_gradient_checkpointing(True, functools.partial(checkpoint, use_reentrant=reentrant))
+    cells = [module for module in other.modules() if isinstance(module, DartsCell)]
+    assert cells and all(cell.gradient_checkpointing for cell in cells)
     x = images(model)
     for each in (model, other):
         torch.manual_seed(5)  # of drop path
         each(x, labels=LABELS).loss.backward()
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad), name
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)  # float64, another order of sums
     for (name, here), there in zip(model.named_buffers(), other.buffers(), strict=True):
         assert torch.equal(here, there), name  # the statistics were updated once
 
@@ -476,7 +485,9 @@ def test_bfloat16(kind: str) -> None:
     assert output.logits.dtype == torch.bfloat16
     assert all(bool(p.grad.isfinite().all()) for p in half.parameters() if p.grad is not None)
     # 8 bits of mantissa through ten layers
-    assert float((output.logits.float() - reference).abs().mean()) < 0.1 * float(reference.abs().max())
+    assert float((output.logits.float() - reference).detach().abs().mean()) < 0.1 * float(
+        reference.detach().abs().max()
+    )
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(images(model), labels=LABELS).loss
     loss.backward()
@@ -485,11 +496,24 @@ def test_bfloat16(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["derived", "supernet"])
 def test_torch_export(kind: str) -> None:
-    model = small("auxiliary") if kind == "derived" else perturb(supernet("three nodes", torch.float32))
+    model = small("auxiliary") if kind == "derived" else perturb(supernet("few operators", torch.float32))
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     program = torch.export.export(model, (), {"pixel_values": images(model, 2)}, dynamic_shapes=shapes)
     found = program.module()(pixel_values=images(model, 3)).logits
     torch.testing.assert_close(found, model(images(model, 3)).logits, rtol=1e-4, atol=1e-5)  # float32, other kernels
+
+
+@pytest.mark.slow
+def test_compiled_supernet_computes_the_same() -> None:
+    torch.manual_seed(0)
+    config = DartsSupernetConfig(num_labels=5, num_cells=2, width=4, image_size=8, nodes=1, initial_alpha=1.0)
+    model = DartsSupernetForImageClassification(config).train()
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for each in (model, compiled):
+        each(images(model), labels=LABELS).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)  # float32, other kernels
 
 
 # -- with the rest of the package ---------------------------------------------------------------------------------
@@ -517,11 +541,9 @@ def test_pruned_with_its_auxiliary_head_it_still_trains(tmp_path: Path) -> None:
     assert bool(loss.isfinite()) and loaded.auxiliary_head.classifier.weight.grad is not None
 
 
-@pytest.mark.parametrize("is_pruned", [False, True])
-def test_onnx(is_pruned: bool, tmp_path: Path) -> None:
+def test_onnx_of_a_pruned_network(tmp_path: Path) -> None:
     model = small("cifar")
-    if is_pruned:
-        prune(model, macs=0.5)
+    prune(model, macs=0.5)
     path = export_onnx(model, tmp_path / "model.onnx", images(model, 2))
     assert onnx_difference(model, path, images(model, 3)) < 2e-5  # float32 in another order of summation
 

@@ -211,10 +211,12 @@ class StatisticsOnce:
             self.has_run = True
             return self.compute(*inputs)
         tracking: list[Any] = [m for m in self.layer.modules() if getattr(m, "track_running_stats", False)]
-        for module in tracking:
-            module.track_running_stats = False  # in training mode, BatchNorm then neither reads nor writes them
+        kept = [dict(module._buffers) for module in tracking]
+        for module, buffers in zip(tracking, kept, strict=True):
+            # copies, not None: what is saved for the backward pass has to be alike in both runs
+            module._buffers.update({name: value.clone() for name, value in buffers.items() if value is not None})
         try:
             return self.compute(*inputs)
         finally:
-            for module in tracking:
-                module.track_running_stats = True
+            for module, buffers in zip(tracking, kept, strict=True):
+                module._buffers.update(buffers)

@@ -32,14 +32,14 @@ class DartsSearchNorm(nn.BatchNorm2d):
         """Float [batch, channels, height, width] and a number -> the same shape."""
         if weight is None:
             return super().forward(hidden_states)
-        is_tracked = self.track_running_stats and self.running_mean is not None
-        if self.training and is_tracked and self.num_batches_tracked is not None:
+        assert self.running_mean is not None and self.num_batches_tracked is not None
+        if self.training:
             self.num_batches_tracked.add_(1)
         return F.batch_norm(
             hidden_states,
-            self.running_mean if is_tracked or not self.training else None,
-            self.running_var if is_tracked or not self.training else None,
-            weight=weight.expand(self.num_features).contiguous(),
+            self.running_mean,
+            self.running_var,
+            weight=weight.to(self.running_mean.dtype).expand(self.num_features).contiguous(),
             training=self.training,
             momentum=self.momentum or 0.0,
             eps=self.eps,
@@ -75,7 +75,7 @@ class DartsMixedConvolutions(nn.Module):
         super().__init__()
         self.channels, self.stride, self.dilation, self.repeats = channels, stride, dilation, repeats
         self.way: str | None = None
-        self.track_running_stats = True
+        self.track_running_stats = True  # as of a BatchNorm, for ``StatisticsOnce``
         self.depthwise = nn.Parameter(torch.empty(repeats, edges, channels, kernel, kernel))
         self.pointwise = nn.Parameter(torch.empty(repeats, edges, channels, channels))
         self.running_mean: Tensor
@@ -116,7 +116,7 @@ class DartsMixedConvolutions(nn.Module):
             states = self._convolved(way, states, depthwise[number], pointwise[number], step, dilation, is_shared)
             states = self._normalized(states, mean[number], variance[number], scale)
             is_shared = False
-        if not is_whole and self.training and self.track_running_stats:
+        if not is_whole and self.training:
             self.running_mean.index_copy_(1, index, mean)
             self.running_var.index_copy_(1, index, variance)
         return [part for state in states for part in state.split(self.channels, dim=1)]
@@ -125,8 +125,8 @@ class DartsMixedConvolutions(nn.Module):
         """How each repeat is computed."""
         if self.way is not None:
             return [self.way] * self.repeats
-        if read.device.type != "cpu":
-            return ["grouped"] * self.repeats
+        if read.device.type != "cpu" or torch.compiler.is_compiling():
+            return ["grouped"] * self.repeats  # fewest calls; a choice by the batch would tie a program to its size
         numbers = read.numel() * edges // stride**2
         other = "grouped" if numbers < _MOST_GROUPED else "separate"
         return [("composed" if self.channels < _FEWEST_SEPARABLE else other)] + [other] * (self.repeats - 1)
@@ -168,18 +168,17 @@ class DartsMixedConvolutions(nn.Module):
         """BatchNorm without shifts, and with the operators' weights as scales."""
         means, variances = mean.reshape(len(states), -1), variance.reshape(len(states), -1)
         per_state = mean.shape[0] // len(states)
-        is_kept = self.track_running_stats or not self.training
         outputs = []
         for number, state in enumerate(states):
             weight = None
             if scale is not None:
                 here = scale[number * per_state : (number + 1) * per_state]
-                weight = torch.stack(list(here)).repeat_interleave(self.channels)
+                weight = torch.stack(list(here)).to(mean.dtype).repeat_interleave(self.channels)
             outputs.append(
                 F.batch_norm(
                     state,
-                    means[number] if is_kept else None,
-                    variances[number] if is_kept else None,
+                    means[number],
+                    variances[number],
                     weight=weight,
                     training=self.training,
                     momentum=self.momentum,
@@ -261,7 +260,7 @@ class DartsMixedNodes(nn.Module):
     def forward(self, earlier: Tensor, previous: Tensor, weights: Tensor) -> Tensor:
         """Inputs [batch, width, height, width], weights [edges, operators] -> [batch, nodes x width, ...]."""
         # one gradient for the matrix instead of one for each of its numbers
-        numbers = weights.to(earlier.dtype).flatten().unbind()
+        numbers = weights.flatten().unbind()
         height, width = (-(-size // self.strides[0]) for size in earlier.shape[-2:])
         is_even = height % 2 == 0 and width % 2 == 0
         states = [earlier, previous]
@@ -343,6 +342,7 @@ class _Sum:
             self.total, self.is_owned = self.total + output, True
 
     def add_weighted(self, output: Tensor, weight: Tensor) -> None:
+        weight = weight.to(output.dtype)
         if self.total is None:
             self.total, self.is_owned = output * weight, True
         elif self.is_owned:
