@@ -68,7 +68,7 @@ class ValidationBatches:
         seed: of the order, and of random transformations of the items.
         process, processes: which one this is, of how many.
         workers: processes that load ahead; 0 loads in this one. Random transformations in them follow their own seeds, so
-            that with workers a resumed run transforms other than one that was not interrupted, as Trainer's own data do.
+            that with workers a resumed run transforms other than one that was not interrupted.
     """
 
     def __init__(
