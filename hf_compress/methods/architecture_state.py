@@ -100,6 +100,7 @@ class ArchitectureState(nn.Module):
                 for name, value in self.network.state_dict(keep_vars=True).items():
                     value.detach().copy_(values[name])
         self.is_training.fill_(True)
+        self._taken = int(self.steps)  # a number here, so that a step does not wait for the device
 
     @torch.no_grad()
     def step(
@@ -112,21 +113,21 @@ class ArchitectureState(nn.Module):
         weight_decay: float,
     ) -> None:
         """One step of the architecture's optimizer: torch's Adam on buffers that checkpoints hold, or plain descent."""
-        self.steps += 1
+        self._taken += 1
+        self.steps.fill_(self._taken)
         if optimizer == "sgd":
             if weight_decay:
                 gradients = torch._foreach_add(list(gradients), list(architecture), alpha=weight_decay)
             torch._foreach_add_(list(architecture), list(gradients), alpha=-lr)
             return
         count = len(architecture)
-        taken = float(self.steps) - 1  # adam() counts by itself
         adam(
             list(architecture),
             list(gradients),
             [getattr(self, f"average_{i}") for i in range(count)],
             [getattr(self, f"square_{i}") for i in range(count)],
             [],
-            [torch.tensor(taken) for _ in range(count)],
+            [torch.tensor(self._taken - 1.0) for _ in range(count)],  # adam() counts by itself
             amsgrad=False,
             beta1=betas[0],
             beta2=betas[1],
@@ -155,9 +156,6 @@ def trained_weights(model: nn.Module, architecture: Iterable[str]) -> list[nn.Pa
 def _second_copy(model: nn.Module, architecture: Sequence[nn.Parameter], shared: Iterable[Any]) -> nn.Module:
     memo: dict[int, Any] = {id(thing): thing for thing in [*architecture, *shared]}
     network = copy.deepcopy(model, memo)
-    # Mixed precision of an earlier training leaves in the instance a forward that runs the model itself, not its copy.
-    for attribute in ("forward", "_original_forward"):
-        vars(network).pop(attribute, None)
     owned = {id(alpha) for alpha in architecture}
     for module in network.modules():
         for attribute, parameter in list(module._parameters.items()):

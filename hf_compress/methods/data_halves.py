@@ -67,7 +67,8 @@ class ValidationBatches:
         collate: items to a batch.
         seed: of the order, and of random transformations of the items.
         process, processes: which one this is, of how many.
-        workers: processes that load ahead; 0 loads in this one.
+        workers: processes that load ahead; 0 loads in this one. Random transformations in them follow their own seeds, so
+            that with workers a resumed run transforms other than one that was not interrupted.
     """
 
     def __init__(
@@ -90,9 +91,16 @@ class ValidationBatches:
         with _own_randomness(self.seed + number * self.processes + self.process):
             if number != self._next:
                 sampler = _Positions(len(self.dataset), self, number)  # type: ignore[arg-type]
-                self._iterator = iter(
-                    DataLoader(self.dataset, batch_sampler=sampler, collate_fn=self.collate, num_workers=self.workers)
+                loader = DataLoader(
+                    self.dataset,
+                    batch_sampler=sampler,
+                    collate_fn=self.collate,
+                    num_workers=self.workers,
+                    generator=torch.Generator().manual_seed(
+                        self.seed
+                    ),  # else it draws from the global one when it starts
                 )
+                self._iterator = iter(loader)
             self._next = number + 1
             return next(self._iterator)
 

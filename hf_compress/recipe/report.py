@@ -165,6 +165,7 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
             points.append(TradeoffPoint("pruned", (folder.done(last) or {})["macs"], pruned))
     pictures |= _draw_distillation(prepared, folder, index, made)
     pictures |= _draw_ranks([folder.stage(n) for n, other in enumerate(stages, 1) if other.stage == "factorize"], made)
+    pictures |= _draw_cells(folder.model(index), made)
     points.append(TradeoffPoint("compressed", metrics["compressed"]["macs"], metrics["compressed"][figure]))
     plot_tradeoff(made / "tradeoff.png", points, measure=task.measured)
     pictures["tradeoff.png"] = f"{task.measured.capitalize()} on the test images against multiply-accumulates."
@@ -257,6 +258,17 @@ def _draw_filters(prepared: Prepared, model: Any, made: Path) -> dict[str, str]:
         "filters.png": "A test image, what the first Fourier filter lets through of it in four channels (low frequencies in "
         "the middle), and the kernels that this is a convolution with."
     }
+
+
+def _draw_cells(model: Path, made: Path) -> dict[str, str]:
+    """A picture of the cells of the checkpoint in ``model``; none when its configuration has no genotype."""
+    from ..measurement.plots_cells import plot_cells
+
+    genotype = json.loads((model / "config.json").read_text(encoding="utf-8")).get("genotype")
+    if genotype is None:
+        return {}
+    plot_cells(made / "cells.png", genotype)
+    return {"cells.png": "Operators of the cells: an arc for every edge, from the inputs (k-2, k-1) to the nodes."}
 
 
 def _draw_ranks(folders: list[Path], made: Path) -> dict[str, str]:

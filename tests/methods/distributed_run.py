@@ -19,6 +19,7 @@ from hf_compress.methods import (
     DimensionSearchCallback,
     NetworkSlimmingCallback,
     ProximalSlimmingCallback,
+    WidthSearchCallback,
 )
 from hf_compress.methods.sparse_group import SparseGroupCallback
 from hf_compress.methods.trained_rank_pruning import TrainedRankPruningCallback
@@ -40,11 +41,14 @@ SEARCHES = {
     "fresh": lambda: ArchitectureSearchCallback("rarts", passes="fresh", **_SEARCH),
     "darts": lambda: ArchitectureSearchCallback("darts", **_SEARCH),
     "second_order": lambda: ArchitectureSearchCallback("darts-second-order", **_SEARCH),
+    "width": lambda: WidthSearchCallback(
+        1.0, 0.4, warmup=0, min_keep=1, example_inputs=SCALED_INPUTS, **{**_SEARCH, "architecture_lr": 0.1}
+    ),
 }
 
 
 def searched(method: str, folder: Path, batch: int, **arguments) -> dict:
-    model, callback = mixed(), SEARCHES[method]()
+    model, callback = scaled_classifier() if method == "width" else mixed(), SEARCHES[method]()
     trainer = search_trainer(
         model, callback, folder, per_device_train_batch_size=batch, max_steps=8, logging_steps=4, max_grad_norm=0.5,
         optim_args="momentum=0.9", gradient_accumulation_steps=2, **arguments,

@@ -562,7 +562,7 @@ def test_a_transformers_supernet_is_searched_resumed_and_derived(method, tmp_pat
 
 
 def test_a_model_trained_in_bf16_before_has_a_copy_of_its_own(tmp_path):
-    """Accelerate leaves the model a forward that is bound to it; a copy must not run that one."""
+    """Accelerate leaves the instance a forward of its own; the copy's must run the copy."""
     model = mixed()
     options = transformers.TrainingArguments(
         str(tmp_path),
@@ -592,3 +592,31 @@ def test_a_model_trained_in_bf16_before_has_a_copy_of_its_own(tmp_path):
         e["search_gradient_weights"] for e in trainer.state.log_history if "search_objective" in e
     ]
     assert all(norm > 0 for norm in network_gets_gradients)
+
+
+class Recorded(Images):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.asked: list[int] = []
+
+    def __getitem__(self, i):
+        self.asked.append(i)
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_epoch_goes_once_through_both_halves(method, accumulation, tmp_path):
+    data, callback = Recorded(4, 32), ArchitectureSearchCallback(**METHODS[method])
+    options = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4, gradient_accumulation_steps=accumulation,
+        report_to=[], use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    half = callback.halve(data)
+    transformers.Trainer(mixed(), options, train_dataset=half, callbacks=[callback]).train()
+    validation = callback.validation_dataset.indices
+    for part in (half.indices, validation):
+        asked = [i for i in data.asked if i in part]
+        first, second = asked[:16], asked[16:]
+        assert sorted(first) == sorted(second) == sorted(part)
+        assert first != second  # another order

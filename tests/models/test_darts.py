@@ -503,6 +503,19 @@ def test_torch_export(kind: str) -> None:
     torch.testing.assert_close(found, model(images(model, 3)).logits, rtol=1e-4, atol=1e-5)  # float32, other kernels
 
 
+@pytest.mark.slow
+def test_compiled_supernet_computes_the_same() -> None:
+    torch.manual_seed(0)
+    config = DartsSupernetConfig(num_labels=5, num_cells=2, width=4, image_size=8, nodes=1, initial_alpha=1.0)
+    model = DartsSupernetForImageClassification(config).train()
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for each in (model, compiled):
+        each(images(model), labels=LABELS).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)  # float32, other kernels
+
+
 # -- with the rest of the package ---------------------------------------------------------------------------------
 
 

@@ -45,7 +45,12 @@ def test_cells_are_searched_derived_trained_and_reported(tmp_path: Path) -> None
     assert model.config.model_type == "darts" and model.config.width == 6
     assert model.config.genotype == json.loads((output / "genotype.json").read_text(encoding="utf-8"))
     card = (output / "README.md").read_text(encoding="utf-8")
-    assert "architecture.png" in card and (output / "architecture.png").stat().st_size > 5000
+    assert (
+        "architecture.png" in card
+        and "cells.png" in card
+        and "supernet" in card
+        and (output / "architecture.png").stat().st_size > 5000
+    )
 
 
 def test_widths_are_searched_and_cut(tmp_path: Path) -> None:
