@@ -86,10 +86,10 @@ class Protocol:
     weak: int = 6000
     test: int = 3000
     sequences: int = 100
-    steps: int = 1500
+    steps: int = 1200
     batch: int = 64
     learning_rate: float = 4e-3
-    finetune: int = 800
+    finetune: int = 600
     seeds: tuple[int, ...] = (0, 1, 2)
     backbone: str = "tiny"
 

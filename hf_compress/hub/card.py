@@ -60,7 +60,7 @@ _TASKS = {
     ),
     "eye-openness": _Task(
         "Eye Openness",
-        "model of eye openness",
+        "estimator of eye openness",
         "AutoModel",
         "read",
         {

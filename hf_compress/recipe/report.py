@@ -94,7 +94,7 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     write_json(made / "metrics.json", metrics)
     pictures = draw(prepared, folder, index, metrics, made) | prepared.task.draw(prepared, models, made)
     pictures |= _draw_filters(prepared, models["compressed"], made)
-    architecture = type(models["compressed"]).__name__.removesuffix(prepared.task.auto)
+    architecture = type(models["compressed"]).__name__.removesuffix(prepared.task.auto or "ForRegression")
     write_readme(prepared, stage, metrics, pictures, made, describe_machine(), architecture)
     return {"stage": "report", "dense": chosen, "metrics": metrics}
 

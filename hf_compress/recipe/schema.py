@@ -1048,10 +1048,23 @@ def _training_problems(recipe: Recipe) -> list[str]:
 
 
 def _task_problems(recipe: Recipe) -> list[str]:
-    """Fields that mean nothing for the recipe's task."""
+    """Fields and stages that mean nothing for the recipe's task."""
+    found = _eye_problems(recipe) if recipe.task == "eye-openness" else _data_problems(recipe)
+    for index, stage in enumerate(recipe.stages):
+        if recipe.task != "image-classification" and isinstance(stage, DistillStage):
+            found.append(
+                f"{recipe.where('stages', index)}: distill compares classifiers; the recipe's task is {recipe.task}."
+            )
+        if recipe.task != "image-classification" and isinstance(stage, ExportStage) and stage.int8:
+            found.append(
+                f"{recipe.where('stages', index, 'int8')}: is for classifiers; the recipe's task is {recipe.task}."
+            )
+    return found
+
+
+def _data_problems(recipe: Recipe) -> list[str]:
+    """Fields of the data that mean nothing for a classifier or a detector."""
     given, name = recipe.data.model_fields_set, recipe.data.name
-    if recipe.task == "eye-openness":
-        return _eye_problems(recipe)
     if name == "rendered_eyes" or "eyes" in given:
         field = "name" if name == "rendered_eyes" else "eyes"
         return [

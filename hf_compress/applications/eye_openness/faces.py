@@ -66,7 +66,7 @@ Locator = Callable[[np.ndarray], list[Face]]
 
 
 class GivenEyes:
-    """Eyes that are known: the same in every frame, or frame by frame.
+    """Eyes that are known: the same in every frame, or frame by frame. It counts the frames, so one object serves one video.
 
     Args:
         faces: a face (or several) for all frames, or frame number -> faces. A frame that is not there has no face.

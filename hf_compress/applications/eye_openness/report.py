@@ -17,9 +17,9 @@ from .tracks import EyeTracks
 
 _EVENTS = {
     "blink": ("#C4CCD4", "blink"),
-    "incomplete": ("#E8DDC8", "incomplete blink"),
-    "long_closure": ("#F0B48C", "closure above 0.5 s"),
-    "microsleep": ("#D55E00", "closure above 1 s"),
+    "incomplete": ("#E3EBD3", "incomplete blink"),
+    "long_closure": ("#F3D9A4", "closure above 0.5 s"),
+    "microsleep": ("#F2B5B5", "closure above 1 s"),
     "wink": ("#BFD9E8", "one eye alone"),
 }
 
