@@ -1,4 +1,5 @@
-"""AFIDAF in four parts: its filters against attention, its networks against others, and filters in a trained transformer.
+"""AFIDAF in five parts: its filters against attention, its networks against others, filters in a trained transformer, low
+bits.
 
 * block: one pair of filters, and the module that takes the place of an attention block, against that attention block
   (scaled dot-product attention of torch) at 14 to 112 tokens a side and equal width: time, memory, MACs, and where the
@@ -9,12 +10,14 @@
 * scenes: AFIDAF, AFF and IDAF with their detection and segmentation heads on composed scenes of digits: the same claim.
 * vit: a trained ViT with half and all of its attention replaced, matched and fine-tuned, against the same model fine-tuned
   as long: accuracy, MACs, and time at two resolutions.
+* quantized: AFIDAF with weights and activations of few bits, after training and with training on in these bits, against the
+  same training in float; and with the spectral weights alone rounded, which quantize() leaves in float.
 
 Zheng et al. 2024, arXiv 2407.12217. Whatever is finished stays in a JSON-lines file, so a run that was killed goes on
 where it stopped. Learning rates were not tuned; all networks of a part share one.
 
     python benchmarks/afidaf.py block
-    python benchmarks/afidaf.py classification    # three seeds; and: scenes, vit
+    python benchmarks/afidaf.py classification    # three seeds; and: scenes, vit, quantized
     python benchmarks/afidaf.py vit --seeds 1     # another process, into the same file
     python benchmarks/afidaf.py scenes --plot-only
     python benchmarks/afidaf.py vit --quick       # everything once at a toy size: does it run?
@@ -49,8 +52,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
-from hf_compress import Scenes, replace_attention
+from hf_compress import QuantizationAwareTrainingCallback, Scenes, quantize, replace_attention
 from hf_compress.data.collating import detection_collator
+from hf_compress.hub import HfCompressConfig
 from hf_compress.measurement import compare_latency, count_macs, describe_machine
 from hf_compress.measurement.detection import DetectionEvaluation
 from hf_compress.measurement.segmentation import SegmentationEvaluation
@@ -502,6 +506,64 @@ class Keywords(nn.Module):
         return self.model(pixel_values=pixels, interpolate_pos_encoding=self.is_other_size).logits
 
 
+# -- quantized ----------------------------------------------------------------------------------------------------------
+
+BITS = {"int8": (8, 8), "4 bits, activations 8": (4, 8)}
+
+
+@torch.no_grad()
+def round_spectral_weights(model: nn.Module, bits: int) -> None:
+    """Round the weights of Fourier filters, in place, to so many bits with one scale for each output."""
+    most = 2 ** (bits - 1) - 1
+    for module in model.modules():
+        if isinstance(module, AfidafFourierFilter):
+            for weight in (module.weight_in, module.weight_out):
+                scale = weight.abs().amax(dim=(2, 3), keepdim=True).clamp_min(1e-12) / most
+                weight.copy_((weight / scale).round() * scale)
+
+
+def quantized(bench: Bench, source: str) -> None:
+    protocol = bench.protocol
+    ways = ["float", "float, trained on", "spectral weights, 8 bits", "spectral weights, 4 bits"]
+    ways += [f"{name}, {how}" for name in BITS for how in ("after training", "trained on in these bits")]
+    if all(bench.has(way=way, seed=seed) for way in ways for seed in protocol.seeds):
+        return
+    data = resized(load_data(source, protocol.train_images), 64, protocol.test_images)
+    for seed in protocol.seeds:
+        wanted = [way for way in ways if not bench.has(way=way, seed=seed)]
+        if not wanted:
+            continue
+        torch.manual_seed(seed)
+        trained = AfidafForImageClassification(afidaf_config(1.0, num_channels=1, num_labels=10))
+        schedule = protocol.schedule(protocol.steps, protocol.learning_rate, protocol.batch_size)
+        fashion_mnist.train(trained, data, seed, **schedule)
+        batches = [{"pixel_values": fashion_mnist.normalised(data.train[0][:256])}]
+        shorter = protocol.schedule(protocol.finetune_steps, 3e-4, protocol.batch_size)
+        for way in wanted:
+            model = copy.deepcopy(trained)
+            bits = next((value for name, value in BITS.items() if way.startswith(name)), None)
+            if bits is None:
+                if "spectral" in way:
+                    round_spectral_weights(model, int(way.split()[-2]))
+                elif way != "float":
+                    fashion_mnist.train(model, data, seed + 1_000, **shorter)
+            elif way.endswith("after training"):
+                weights, activations = bits
+                config = HfCompressConfig(weights=weights, activations=activations, activation_scheme="static")
+                quantize(model, config, batches)
+            else:
+                callback = QuantizationAwareTrainingCallback(*bits, activation_scheme="static", batches=batches)
+                fashion_mnist.train(model, data, seed + 1_000, [callback], **shorter)
+            bench.add({"way": way, "seed": seed, "accuracy": accuracy(model, data.test), "steps": protocol.steps})
+
+
+def quantized_table(bench: Bench) -> str:
+    lines = ["| AFIDAF | accuracy, % (mean, std) | seeds |", "|---|--:|--:|"]
+    for (way,), rows in groups(bench.records, "way"):
+        lines.append(f"| {way} | {mean_of(rows, 'accuracy')} | {len(rows)} |")
+    return "\n".join(lines)
+
+
 # -- report -------------------------------------------------------------------------------------------------------------
 
 
@@ -568,6 +630,7 @@ PARTS: dict[str, tuple[Callable[..., None], Callable[[Bench], str]]] = {
     "classification": (classification, network_table),
     "scenes": (scenes, network_table),
     "vit": (vit, vit_table),
+    "quantized": (quantized, quantized_table),
 }
 
 

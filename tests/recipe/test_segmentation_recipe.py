@@ -342,3 +342,36 @@ def test_masks_are_not_for_other_tasks() -> None:
     for task, name in (("image-classification", "elsewhere"), ("object-detection", "scenes")):
         with pytest.raises(RecipeError, match=f"is not for {task}: there are no masks"):
             load_recipe(tiny_classification(task=task, data={"name": name, "mask_column": "mask"}))
+
+
+@pytest.mark.parametrize("kind", ["afidaf classifier", "segformer"])
+def test_other_models(tmp_path: Path, kind: str) -> None:
+    """The trunk of a trained classifier under a new head; a segmenter of transformers, with its own processor."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+
+    from hf_compress.models.afidaf import AfidafConfig, AfidafForImageClassification, AfidafImageProcessor
+
+    torch.manual_seed(0)
+    if kind == "segformer":
+        sizes: dict[str, Any] = {"hidden_sizes": [8, 8, 16, 16], "depths": [1] * 4, "num_attention_heads": [1, 1, 2, 2]}
+        model: Any = SegformerForSemanticSegmentation(SegformerConfig(**sizes, decoder_hidden_size=8, num_labels=11))
+        processor: Any = SegformerImageProcessor(size={"height": 64, "width": 64})
+    else:
+        settings = {name: value for name, value in AFIDAF.items() if name != "model_type"}
+        model = AfidafForImageClassification(AfidafConfig(**settings, num_labels=3))
+        processor = AfidafImageProcessor(size={"height": 64, "width": 64})
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    section = {"pretrained": str(tmp_path / "model"), "new_head": True}
+    recipe = tiny(model=section, stages=[{"stage": "train", "steps": 2}, {"stage": "prune", "macs": 0.9}])
+    run_recipe(recipe, output=tmp_path / "out")
+    from transformers import AutoModelForSemanticSegmentation
+
+    again = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out")
+    assert again.config.num_labels == 11
+    notes = json.loads((tmp_path / "out" / "stages" / "02-prune" / "done.json").read_text())
+    assert 0 <= notes["validation_mean_iou"] <= 1
+    if kind != "segformer":
+        trunk = {n: p for n, p in model.state_dict().items() if n.startswith("afidaf.encoder") and n.endswith("weight")}
+        start = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out" / "stages" / "00-start" / "model")
+        assert trunk and all(torch.equal(start.state_dict()[name], value) for name, value in trunk.items())
