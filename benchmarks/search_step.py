@@ -16,12 +16,22 @@ gradients of the training loss for the finite difference (Liu et al. 2019, Eq. 7
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from hf_compress.models.darts import DartsSupernetForImageClassification
+from hf_compress.measurement import describe_machine
+from hf_compress.models.darts import DartsSupernetConfig, DartsSupernetForImageClassification
 from hf_compress.models.darts.genotype_darts import INPUTS
 from hf_compress.models.darts.operations_darts import CONVOLUTIONS, operation
 from hf_compress.models.darts.supernet_darts import DartsMixedNodes
