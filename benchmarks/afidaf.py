@@ -43,8 +43,9 @@ import fashion_mnist
 import torch
 import transformers
 from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
+from records import Record, read_records, write
 from sidt import Rendered
-from slimming_pareto import Record, read_records, spread, write
+from slimming_pareto import spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode

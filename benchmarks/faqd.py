@@ -31,8 +31,9 @@ from typing import Any
 import fashion_mnist
 import slimming_pareto
 import torch
-from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
-from slimming_pareto import TUNING_SEED, Protocol, Record, build, cut, example, read_records, spread, write
+from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Data, accuracy, load_data
+from records import Record, read_records, write
+from slimming_pareto import Protocol, build, cut, example, spread
 from torch import nn
 
 from hf_compress import FeatureAffinityDistillation, QuantizationAwareTrainingCallback, find_axes, magnitude_scores

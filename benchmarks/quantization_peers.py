@@ -31,7 +31,8 @@ import low_rank
 import slimming_pareto
 import torch
 from fashion_mnist import DEFAULT_DATA, Data, load_data, normalised
-from slimming_pareto import Protocol, Record, read_records, spread, write
+from records import Record, read_records, write
+from slimming_pareto import Protocol, spread
 from torch import Tensor, nn
 
 from hf_compress import QuantizationAwareTrainingCallback, export_onnx

@@ -30,8 +30,9 @@ import fashion_mnist
 import torch
 import torch.nn.functional as F
 from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
+from records import Record, read_records, write
 from slimming_pareto import Protocol as SlimmingProtocol
-from slimming_pareto import Record, build, cut, example, read_records, spread, write
+from slimming_pareto import build, cut, example, spread
 from torch import nn
 
 from hf_compress import find_axes
