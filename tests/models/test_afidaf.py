@@ -14,7 +14,7 @@ from families import images, perturb
 from huggingface_hub.errors import StrictDataclassError
 from masking import assert_close, assert_cut_equals_masked, random_keep
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.ssd import SSD
 from transformers import (
