@@ -344,7 +344,7 @@ def test_masks_are_not_for_other_tasks() -> None:
             load_recipe(tiny_classification(task=task, data={"name": name, "mask_column": "mask"}))
 
 
-@pytest.mark.parametrize("kind", ["afidaf classifier", "segformer"])
+@pytest.mark.parametrize("kind", ["afidaf classifier", pytest.param("segformer", marks=pytest.mark.slow)])
 def test_other_models(tmp_path: Path, kind: str) -> None:
     """The trunk of a trained classifier under a new head; a segmenter of transformers, with its own processor."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
