@@ -464,7 +464,8 @@ def report(bench: Bench) -> None:
     whole = {"protocol": asdict(bench.protocol), "spaces": {n: asdict(s) for n, s in SPACES.items()}, **rows}
     write(bench.folder / f"{bench.name}.json", json.dumps(whole, indent=1) + "\n")
     write(bench.folder / f"{bench.name}.md", text)
-    plot(rows, bench.folder / f"{bench.name}.png")
+    if rows["cells"]:
+        plot(rows, bench.folder / f"{bench.name}.png")
 
 
 def main() -> None:
