@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..models.darts.genotype_darts import Cell, check_genotype, choose, edges_of
-from .plots import _GREY, _PALE, _figure
+from .plots import _GREY, _PALE, _figure, _ticker
 
 # colours of the Okabe-Ito palette; line styles tell the same, so that no colour is needed
 _STYLES: dict[str, dict[str, Any]] = {
@@ -139,4 +139,71 @@ def plot_operator_weights(
     return Path(path)
 
 
-__all__ = ["plot_cells", "plot_operator_weights"]
+_COLOURS = {
+    "sep_conv_3x3": "#56B4E9",
+    "sep_conv_5x5": "#0072B2",
+    "dil_conv_3x3": "#E69F00",
+    "dil_conv_5x5": "#D55E00",
+    "max_pool_3x3": "#009E73",
+    "avg_pool_3x3": "#CC79A7",
+    "skip_connect": "#595959",
+}
+
+
+def plot_genotype_history(path: str | Path, history: Sequence[Mapping[str, Cell]]) -> Path:
+    """Draw how a genotype changes during a search: a row for every edge, a column for every epoch, a colour for an operator.
+
+    Args:
+        path: the PNG to write.
+        history: the genotype after each epoch, all with the same cell types and numbers of nodes.
+
+    Raises:
+        ModelError: when one is no genotype, or they differ in their cell types or nodes.
+    """
+    checked = [check_genotype(genotype, f"history[{i}]", needed=()) for i, genotype in enumerate(history)]
+    shapes = [{kind: len(cell) for kind, cell in genotype.items()} for genotype in checked]
+    if not checked or not shapes[0] or any(shape != shapes[0] for shape in shapes):
+        raise ModelError(
+            f"history has {len(checked)} genotypes with the nodes {shapes[:2]}; needs at least one, and all must have the same "
+            "cell types and numbers of nodes."
+        )
+    used = [
+        n for n in _COLOURS if any(n == e[0] for g in checked for cell in g.values() for node in cell for e in node)
+    ]
+    rows = sum(len(edges_of(nodes)) for nodes in shapes[0].values())
+    with _figure(path, 1.5 + 0.75 * len(shapes[0]) + 0.27 * rows) as frame:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.patches import Patch
+
+        figure = frame.figure
+        frame.remove()
+        heights = [len(edges_of(nodes)) for nodes in shapes[0].values()]
+        panels = figure.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+        for panel, (kind, nodes) in zip(panels, shapes[0].items(), strict=True):
+            edges = edges_of(nodes)
+            labels = ["k-2", "k-1", *map(str, range(nodes))]
+            grid = [[0] * len(checked) for _ in edges]
+            for epoch, genotype in enumerate(checked):
+                for target, node in enumerate(genotype[kind]):
+                    for operator, source in node:
+                        grid[edges.index((source, target))][epoch] = 1 + used.index(operator)
+            colours = ListedColormap(["white", *(_COLOURS[name] for name in used)])
+            panel.imshow(
+                grid, cmap=colours, vmin=0, vmax=len(used), aspect="auto", interpolation="nearest",
+                extent=(0.5, len(checked) + 0.5, len(edges) - 0.5, -0.5),
+            )  # fmt: skip
+            panel.set_yticks(
+                range(len(edges)), [f"{labels[source]} → {target}" for source, target in edges], fontsize=10.5
+            )
+            panel.set_title(_TITLES[kind], loc="left")
+            panel.xaxis.set_major_locator(_ticker().MaxNLocator(6, integer=True))
+            panel.tick_params(length=0)
+            for target in range(1, nodes):
+                panel.axhline(edges.index((0, target)) - 0.5, color=_PALE, linewidth=1)
+        panels[-1].set_xlabel("epoch")
+        handles = [Patch(color=_COLOURS[name]) for name in used]
+        figure.legend(handles, used, loc="outside lower center", ncols=2, fontsize=12)
+    return Path(path)
+
+
+__all__ = ["plot_cells", "plot_genotype_history", "plot_operator_weights"]

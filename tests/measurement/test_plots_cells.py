@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hf_compress.errors import ModelError
-from hf_compress.measurement.plots_cells import plot_cells, plot_operator_weights
+from hf_compress.measurement.plots_cells import plot_cells, plot_genotype_history, plot_operator_weights
 from hf_compress.models.darts.genotype_darts import DARTS_V2, OPERATORS, random_genotype
 from hf_compress.recipe.report import _draw_cells
 
@@ -49,6 +49,15 @@ def test_operator_weights(tmp_path: Path) -> None:
         plot_operator_weights(tmp_path / "no.png", {"normal": torch.rand(13, 8)}, OPERATORS)
     with pytest.raises(ModelError, match="at least one"):
         plot_operator_weights(tmp_path / "no.png", {}, OPERATORS)
+
+
+def test_history_of_genotypes(tmp_path: Path) -> None:
+    history = [random_genotype(2, ["sep_conv_5x5", "max_pool_3x3"], seed=seed) for seed in range(5)]
+    image = pixels(plot_genotype_history(tmp_path / "history.png", history))
+    assert has(image, BLUE) and has(image, GREEN) and not has(image, ORANGE)
+    for wrong in ([], [DARTS_V2, {"normal": DARTS_V2["normal"]}], [random_genotype(2), random_genotype(3)]):
+        with pytest.raises(ModelError, match="all must have the same"):
+            plot_genotype_history(tmp_path / "no.png", wrong)
 
 
 def test_the_card_shows_the_cells_of_a_model_that_has_some(tmp_path: Path) -> None:

@@ -109,9 +109,8 @@ class DartsMixedConvolutions(nn.Module):
         states, is_shared = [read], True
         for number, (way, scale) in enumerate(zip(ways, scales, strict=True)):
             if number:
-                states = [
-                    F.relu_(state) for state in states
-                ]  # the BatchNorms before need their inputs alone to go back
+                # in place: to go back, the BatchNorms before need their inputs alone
+                states = [F.relu_(state) for state in states]
             step = stride if number == 0 else 1
             states = self._convolved(way, states, depthwise[number], pointwise[number], step, dilation, is_shared)
             states = self._normalized(states, mean[number], variance[number], scale)
