@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .plots import _GREY, _figure, _ticker
+from .plots_cells import _COLOURS as _CELL_COLOURS
 
 # Okabe & Ito's colours, the strongest contrasts first
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
@@ -47,6 +48,8 @@ def plot_architecture(
     if len(candidates) > len(_COLOURS):
         raise ValueError(f"{len(candidates)} operators cannot be told apart by {len(_COLOURS)} colours.")
     colours = {operator: _COLOURS[place] for place, operator in enumerate(candidates)}
+    if all(labels[i] in _CELL_COLOURS for i in candidates):  # as in the other pictures of cells
+        colours = {i: _CELL_COLOURS[labels[i]] for i in candidates}
     rows = max(len(entries[0]["architecture"][name]) for name in names)
     with _figure(path, 2.6 + len(names) * (0.75 + 0.24 * rows)) as axes:
         figure = axes.figure

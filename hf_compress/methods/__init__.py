@@ -10,6 +10,7 @@ from .network_slimming import NetworkSlimmingCallback
 from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
 from .proximal_slimming import ProximalSlimmingCallback
 from .quantization_aware_training import QuantizationAwareTrainingCallback
+from .relaxed_search import BilevelSearch, RelaxedSearch
 from .reporting import report_first
 from .sparse_group import SparseGroupCallback
 from .trained_rank_pruning import TrainedRankPruningCallback
@@ -21,6 +22,7 @@ __all__ = [
     "SCAD",
     "ArchitectureSearchCallback",
     "AxisCallback",
+    "BilevelSearch",
     "DimensionSearchCallback",
     "DistillationCallback",
     "DropPathScheduleCallback",
@@ -30,6 +32,7 @@ __all__ = [
     "Penalty",
     "ProximalSlimmingCallback",
     "QuantizationAwareTrainingCallback",
+    "RelaxedSearch",
     "SparseGroupCallback",
     "TrainedRankPruningCallback",
     "TransformedL1",

@@ -238,7 +238,8 @@ def _draw_search(supernet: Any, history: list[dict[str, Any]], made: Path) -> di
             cell = choose(weights, config.nodes, config.operators, config.edges_per_node)
             return [edges.index((source, target)) for target, node in enumerate(cell) for _, source in node]
 
-        names = [f"{source}\N{RIGHTWARDS ARROW}{target + 2}" for source, target in edges]
+        nodes = ["k-2", "k-1", *map(str, range(config.nodes))]
+        names = [f"{nodes[source]} \N{RIGHTWARDS ARROW} {target}" for source, target in edges]
         plot_architecture(made / "architecture.png", history, config.operators, names, kept)
     return {
         "architecture.png": "The operator that leads on every edge while searching; pale where the edge is left out."

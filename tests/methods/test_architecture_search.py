@@ -620,3 +620,13 @@ def test_an_epoch_goes_once_through_both_halves(method, accumulation, tmp_path):
         first, second = asked[:16], asked[16:]
         assert sorted(first) == sorted(second) == sorted(part)
         assert first != second  # another order
+
+
+def test_a_loss_that_the_model_does_not_return_is_refused_in_the_first_step(tmp_path):
+    """It cannot be known before: the callback does not see Trainer's loss function."""
+    callback, model = ArchitectureSearchCallback(), mixed()
+    trainer = search_trainer(model, callback, tmp_path)
+    trainer.compute_loss_func = lambda outputs, labels, **kwargs: nn.functional.cross_entropy(outputs["logits"], labels)
+    with pytest.raises(MethodError, match="compute_loss_func"):
+        trainer.train()
+    assert torch.equal(model.stem.weight, mixed().stem.weight)
