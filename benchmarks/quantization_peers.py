@@ -138,7 +138,7 @@ def nncf_in(setting: Setting) -> tuple[Runner, int]:
     settings = {"model_type": nncf.ModelType.TRANSFORMER} if setting.kind == "vit" else {}
     quantized = nncf.quantize(plain, nncf.Dataset(setting.batches), subset_size=len(setting.batches), **settings)
     setting.finetune(Trained(quantized))
-    stripped = nncf.strip(quantized.eval(), strip_format=nncf.StripFormat.NATIVE)
+    stripped = nncf.strip(quantized.eval(), strip_format=nncf.StripFormat.NATIVE, example_input=setting.batches[0])
     path = setting.path("nncf-qat")
     images = setting.batches[0][:2]
     torch.onnx.export(
