@@ -3,7 +3,8 @@
 A ResNet of the size of ResNet-20 and a small vision transformer are trained on Fashion-MNIST. Then each library quantizes
 weights and activations to int8 with the same calibration images, and once more with the same steps of training in low
 bits. Ours and NNCF's become ONNX files that ONNX Runtime executes; torchao's are compiled by torch's own compiler, which is
-what its PT2E flow is for. Accuracy is measured on what is executed. Libraries that are not installed are left out
+what its PT2E flow is for. NNCF trains for OpenVINO, which is not measured here: what its trained networks cost in ONNX
+Runtime says nothing of what they cost there. Accuracy is measured on what is executed. Libraries that are not installed are left out
 (``pip install "hf-compress[bench]"``). Whatever is finished stays in a JSON-lines file, so a run that was killed goes on
 where it stopped.
 
@@ -139,7 +140,7 @@ def nncf_in(setting: Setting) -> tuple[Runner, int]:
     settings = {"model_type": nncf.ModelType.TRANSFORMER} if setting.kind == "vit" else {}
     quantized = nncf.quantize(plain, nncf.Dataset(setting.batches), subset_size=len(setting.batches), **settings)
     setting.finetune(Trained(quantized))
-    stripped = nncf.strip(quantized.eval(), strip_format=nncf.StripFormat.NATIVE)
+    stripped = nncf.strip(quantized.eval(), strip_format=nncf.StripFormat.NATIVE, example_input=setting.batches[0])
     path = setting.path("nncf-qat")
     images = setting.batches[0][:2]
     torch.onnx.export(

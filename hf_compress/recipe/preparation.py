@@ -433,8 +433,8 @@ def _check_bits(prepared: Prepared, index: int) -> None:
     try:
         chosen = resolve(prepared.model, scheme)
     except HfCompressError as error:
-        if any(isinstance(stage, FactorizeStage) for stage in recipe.stages[:index]):
-            return  # it renames layers, so that patterns may match none yet
+        if _has_new_modules(recipe, index):
+            return  # patterns may match what is not there yet
         raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
     parts = [f"weights of {len(chosen.layers or ())} layers in {scheme.weights} bits"] if scheme.weights else []
     parts += [f"{scheme.activation_scheme} activations in {scheme.activations} bits"] if scheme.activations else []
@@ -452,9 +452,17 @@ def _check_teacher(prepared: Prepared, index: int) -> None:
             place = teacher_name(recipe, index)
             _check_same_images(prepared, place)
             teacher = place
+        if _has_new_modules(recipe, index):
+            stage = stage.model_copy(update={"features": None})  # they may name what is not there yet
         stage.wrap(copy.deepcopy(prepared.model), teacher, prepared.example_inputs)
     except HfCompressError as error:
         raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+
+
+def _has_new_modules(recipe: Recipe, index: int) -> bool:
+    """Whether an earlier stage puts other modules into the model, under names that are not known yet."""
+    keeps_names = (PruneStage, QuantizeStage)
+    return any(isinstance(s, Compression) and not isinstance(s, keeps_names) for s in recipe.stages[:index])
 
 
 def teacher_name(recipe: Recipe, index: int) -> str:
