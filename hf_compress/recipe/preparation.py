@@ -31,6 +31,7 @@ from .schema import (
     FactorizeStage,
     Method,
     PruneStage,
+    QuantizeStage,
     Recipe,
     ReplaceAttentionStage,
     TrainedRankPruningStage,

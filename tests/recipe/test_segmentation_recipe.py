@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import save_masks
 from tiny import tiny as tiny_classification
 
 from hf_compress.data import Scenes
@@ -227,21 +228,6 @@ def test_pictures_of_masks(tmp_path: Path) -> None:
 # -- data sets ----------------------------------------------------------------------------------------------------
 
 
-def save_dataset(folder: Path, masks: list[Image.Image], column: str = "annotation", size: int = 20) -> Path:
-    import datasets
-
-    draw = np.random.default_rng(0)
-    images = [Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in masks]
-    features = datasets.Features(
-        {"image": datasets.Image(), column: datasets.Image(), "name": datasets.Value("string")}
-    )
-    rows = {"image": images, column: masks, "name": [str(i) for i in range(len(masks))]}
-    table = datasets.Dataset.from_dict(rows, features=features)
-    folder.mkdir()
-    table.to_parquet(folder / "train.parquet")
-    return folder
-
-
 def masks_of(values: list[np.ndarray], mode: str = "L") -> list[Image.Image]:
     made = []
     for value in values:
@@ -257,7 +243,7 @@ def test_a_data_set_with_masks(tmp_path: Path, mode: str) -> None:
     draw = np.random.default_rng(1)
     values = [draw.integers(0, 4, (20, 20)) for _ in range(12)]
     values[3][:2] = 255
-    folder = save_dataset(tmp_path / "data", masks_of(values, mode))
+    folder = save_masks(tmp_path / "data", masks_of(values, mode))
     recipe = load_recipe(tiny(data={"name": str(folder), "image_size": 40}))
     data = load_segmentation_data(recipe)
     assert data.label_names == ["0", "1", "2", "3"] and data.native_size == (20, 20)
@@ -276,7 +262,7 @@ def test_a_data_set_with_masks(tmp_path: Path, mode: str) -> None:
 
 def test_names_and_values_without_a_label(tmp_path: Path) -> None:
     values = [np.array([[0, 1], [2, 9]]) for _ in range(10)]
-    folder = save_dataset(tmp_path / "data", masks_of(values), "seg", 2)
+    folder = save_masks(tmp_path / "data", masks_of(values), "seg", 2)
     section = {"name": str(folder), "mask_column": "seg", "class_names": ["a", "b", "c"], "ignore_label": 9}
     data = load_segmentation_data(load_recipe(tiny(data=section)))
     assert data.label_names == ["a", "b", "c"]
@@ -299,18 +285,18 @@ def test_names_and_values_without_a_label(tmp_path: Path) -> None:
 
 def test_data_that_are_refused(tmp_path: Path) -> None:
     flat = [np.zeros((20, 20)) for _ in range(10)]
-    colour = save_dataset(tmp_path / "colour", masks_of(flat, "RGB"))
+    colour = save_masks(tmp_path / "colour", masks_of(flat, "RGB"))
     with pytest.raises(DataError, match="found one of mode RGB"):
         load_segmentation_data(load_recipe(tiny(data={"name": str(colour), "class_names": ["a", "b"]})))
-    small = save_dataset(tmp_path / "small", masks_of([mask[:10] for mask in flat]))
+    small = save_masks(tmp_path / "small", masks_of([mask[:10] for mask in flat]))
     with pytest.raises(DataError, match="has 20 x 20 pixels and its mask 20 x 10"):
         load_segmentation_data(load_recipe(tiny(data={"name": str(small)})))
-    unnamed = save_dataset(tmp_path / "unnamed", masks_of(flat), "other")
+    unnamed = save_masks(tmp_path / "unnamed", masks_of(flat), "other")
     with pytest.raises(
         DataError, match="which column holds the masks is not clear; the columns of pictures are image, o"
     ):
         load_segmentation_data(load_recipe(tiny(data={"name": str(unnamed)})))
-    high = save_dataset(tmp_path / "high", masks_of([mask + 255 for mask in flat]))
+    high = save_masks(tmp_path / "high", masks_of([mask + 255 for mask in flat]))
     with pytest.raises(DataError, match="go up to 255"):
         load_segmentation_data(load_recipe(tiny(data={"name": str(high), "ignore_label": 0})))
     with pytest.raises(DataError, match="there is no column 'no'"):
