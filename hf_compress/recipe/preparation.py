@@ -26,6 +26,7 @@ from ..surgery import magnitude_scores
 from .data import RawData, local_folder
 from .schema import (
     ArchitectureSearchStage,
+    Compression,
     DeriveStage,
     DistillStage,
     FactorizeStage,
