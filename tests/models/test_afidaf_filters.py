@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masking import assert_cut_equals_masked, random_keep
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -291,3 +292,21 @@ def test_phases_are_for_nobody_to_see(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(made) == 1 and len(seen) == 1
     module(torch.randn(1, 8, 8, 8))  # training, and too small for it
     assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "expected"), [(32, 4, [2]), (48, 4, [3]), (16, 4, []), (24, 8, []), (24, 1, [24])]
+)
+def test_inner_channels_can_go_where_the_groupings_nest(channels: int, groups: int, expected: list[int]) -> None:
+    """The shuffle leaves ``channels / groups`` runs of one channel of each group; the last layer's groups are whole runs.
+
+    Where there are several runs for each of its groups, one run of each can go: an axis of ``channels / groups**2``.
+    """
+    torch.manual_seed(0)
+    module = AfidafImageFilter(channels, AfidafConfig(image_projection_groups=groups)).double().eval()
+    x = torch.randn(2, channels, 6, 7, dtype=torch.float64)
+    graph = find_axes(module, x)
+    assert [axis.size for axis in graph if axis.is_exact] == expected
+    if expected:
+        small = assert_cut_equals_masked(module, graph, random_keep(graph, 0), x)
+        assert small.depthwise.weight.shape[0] < channels
