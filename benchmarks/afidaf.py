@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -43,7 +42,7 @@ import fashion_mnist
 import torch
 import transformers
 from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
-from records import Record, read_records, write
+from records import Record, Records, write
 from sidt import Rendered
 from slimming_pareto import spread
 from torch import Tensor, nn
@@ -119,26 +118,12 @@ QUICK = Protocol(
 )  # fmt: skip
 
 
-class Bench:
-    """Runs what is not yet in the records file and appends to it."""
+class Bench(Records):
+    """Runs what is not yet among the records of its part."""
 
     def __init__(self, part: str, protocol: Protocol, file: Path):
-        self.part, self.protocol, self.file = part, protocol, file
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def records(self) -> list[Record]:
-        """Those of the part, read anew: another process may write into the file."""
-        return [record for record in read_records(self.file) if record["part"] == self.part]
-
-    def has(self, **key: Any) -> bool:
-        return any(all(record.get(name) == value for name, value in key.items()) for record in self.records)
-
-    def add(self, record: Record) -> None:
-        with self.file.open("a") as stream:  # one short write: a kill leaves at most a last line that is not read
-            stream.write(json.dumps({"part": self.part, **record}) + "\n")
-        shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items())
-        print(time.strftime("%H:%M:%S"), shown, flush=True)
+        super().__init__(file, part=part)
+        self.protocol = protocol
 
 
 # -- block ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import io
@@ -31,8 +30,8 @@ import fashion_mnist
 import low_rank
 import slimming_pareto
 import torch
-from fashion_mnist import DEFAULT_DATA, Data, load_data, normalised
-from records import Record, read_records, write
+from fashion_mnist import DEFAULT_DATA, Data, data_of, normalised
+from records import Record, Records, command_line, write
 from slimming_pareto import Protocol, spread
 from torch import Tensor, nn
 
@@ -255,36 +254,24 @@ def table(records: list[Record]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", default=DEFAULT_DATA)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser = command_line(__doc__, DEFAULT_DATA, METHODS, is_tuned=False)
     parser.add_argument("--models", nargs="+", choices=sorted(low_rank.KINDS), default=list(low_rank.KINDS))
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: a smoke test, results mean nothing")
-    parser.add_argument("--plot-only", action="store_true", help="report what is finished")
-    parser.add_argument("--seeds", nargs="+", type=int, help="run these of the seeds alone")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
 
-    torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
     warnings.filterwarnings("ignore")
     for noisy in ("nncf", "torchao", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     protocol = QUICK if arguments.quick else PROTOCOL
     name = "quantization_peers" + ("_quick" if arguments.quick else "")
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    folder, file = arguments.results / f"{name}.models", arguments.results / f"{name}.jsonl"
+    data = data_of(arguments, protocol.train_images)
+    done, folder = Records(arguments.results / f"{name}.jsonl"), arguments.results / f"{name}.models"
     if not arguments.plot_only:
-        folder.mkdir(exist_ok=True)
-        data = load_data(arguments.data, protocol.train_images)
-        if arguments.quick:
-            data = Data(data.train, *((pixels[:500], labels[:500]) for pixels, labels in (data.validation, data.test)))
+        folder.mkdir(parents=True, exist_ok=True)
         for seed in arguments.seeds or protocol.seeds:
             for kind in arguments.models:
                 for method in arguments.only:
                     key = {"model": kind, "method": method, "seed": seed}
-                    if any(all(r.get(k) == v for k, v in key.items()) and "test" in r for r in read_records(file)):
+                    if any(r.items() >= key.items() and "test" in r for r in done.records):  # a failure is tried again
                         continue
                     if importlib.util.find_spec(METHODS[method][1]) is None:
                         print(f"{method}: {METHODS[method][1]} is not installed; left out")
@@ -297,10 +284,8 @@ def main() -> None:
                         if method.startswith(("ours", "float_onnx")):
                             raise
                         record = {**key, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
-                    with file.open("a") as stream:
-                        stream.write(json.dumps(record) + "\n")
-                    print(time.strftime("%H:%M:%S"), record, flush=True)
-    records = read_records(file)
+                    done.add(record)
+    records = done.records
     text = (
         "Top-1 is the accuracy in % of what is executed, on the 10,000 test images, mean ± standard deviation over seeds. Bytes "
         "are of the ONNX file, and of torchao's the saved state. Times are medians for 1 and for 64 images. "

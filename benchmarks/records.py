@@ -59,12 +59,15 @@ def write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def command_line(description: str | None, data: str, methods: Iterable[str]) -> argparse.ArgumentParser:
-    """The options that benchmarks with tuned settings share."""
+def command_line(
+    description: str | None, data: str, methods: Iterable[str], is_tuned: bool = True
+) -> argparse.ArgumentParser:
+    """The options that benchmarks of methods share; ``--tune`` for those with settings to choose."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--data", default=data)
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--tune", action="store_true", help="fill the grids on the validation split")
+    if is_tuned:
+        parser.add_argument("--tune", action="store_true", help="fill the grids on the validation split")
     parser.add_argument("--only", nargs="+", choices=sorted(methods), default=list(methods), help="these methods alone")
     parser.add_argument("--quick", action="store_true", help="one seed, few steps: a smoke test, results mean nothing")
     parser.add_argument("--plot-only", action="store_true", help="report what is finished")

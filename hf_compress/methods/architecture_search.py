@@ -33,6 +33,7 @@ from .architecture_state import (
 from .axis_callback import check_finite, check_number
 from .data_halves import ValidationBatches, split_halves
 from .relaxed_search import Passes, add_coupling, second_order_gradient, squared_distance, squared_norm
+from .trained_model import trained_model
 
 logger = logging.get_logger(__name__)
 
@@ -161,6 +162,11 @@ class ArchitectureSearchCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model: nn.Module = kwargs["model"]
         self._validate()
+        if trained_model(kwargs) is not model:
+            raise MethodError(
+                f"{type(self).__name__} steps by the model's own loss, which a student under a teacher does not have. Search "
+                "first, and distil the network that was found."
+            )
         if self.validation_dataset is not None:
             _VALIDATION[model] = self.validation_dataset, self._training_size
         try:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import MethodError
+from .trained_model import trained_model
 
 
 class DropPathScheduleCallback(TrainerCallback):
@@ -32,7 +32,7 @@ class DropPathScheduleCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model: nn.Module = kwargs["model"]
+        model = trained_model(kwargs)
         found: list[Any] = list(model.modules())
         rates = [(module, getattr(module, "drop_prob", None)) for module in found]
         self.rates_ = [(module, float(rate)) for module, rate in rates if isinstance(rate, (int, float)) and rate > 0]

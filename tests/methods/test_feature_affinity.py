@@ -19,11 +19,13 @@ from hf_compress.distillation import feature_affinity
 from hf_compress.errors import MethodError, ModelError
 from hf_compress.hub import HfCompressConfig
 from hf_compress.methods import (
+    ArchitectureSearchCallback,
     DistillationCallback,
     FeatureAffinityDistillation,
     NetworkSlimmingCallback,
     QuantizationAwareTrainingCallback,
     SparseGroupCallback,
+    WidthSearchCallback,
     report_first,
 )
 from hf_compress.quantization import quantization_of
@@ -441,3 +443,10 @@ def test_labels_are_asked_for_where_they_are_needed():
 def test_the_wrapper_itself_cannot_be_loaded():
     with pytest.raises(ModelError, match="student alone"):
         FeatureAffinityDistillation.from_pretrained("anywhere")
+
+
+@pytest.mark.parametrize("search", [ArchitectureSearchCallback, WidthSearchCallback])
+def test_a_student_is_not_searched(search, tmp_path):
+    model = FeatureAffinityDistillation(resnet(0), resnet(1), kd_weight=0)
+    with pytest.raises(MethodError, match="Search first"):
+        make_trainer(model, [search()], tmp_path, size=SIZE)
