@@ -191,5 +191,5 @@ def test_help_and_version_answer_at_once() -> None:
             break
     assert min(seconds) < 1
     assert call("--version").strip() == f"hf-compress {__version__}"
-    for command in ("run", "inspect", "prune", "measure", "export", "push"):
+    for command in ("run", "inspect", "prune", "measure", "export", "push", "eye-openness"):
         assert "Usage" in call(command, "--help")

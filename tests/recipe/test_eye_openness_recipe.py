@@ -53,6 +53,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert {"pearson", "spearman", "mae_middle", "auc", "melanin_gap", "mae_dark"} <= set(figures)
     assert result.metrics["compressed"]["macs"] <= 0.5 * result.metrics["dense"]["macs"]
     assert result.metrics["compressed"]["bytes"] < 0.5 * result.metrics["dense"]["bytes"]
+    assert (tmp_path / "run" / "openness.png").exists()
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     for words in ("Not a medical and not a safety device", "real faces was not measured", "thirds of skin tone"):
         assert words in card
