@@ -31,7 +31,7 @@ import fashion_mnist
 import slimming_pareto
 import torch
 from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Bench, Data, accuracy, data_of
-from records import Record, command_line, write
+from records import Record, command_line, write, write_figure
 from slimming_pareto import Protocol, build, cut, example, spread
 from torch import nn
 
@@ -251,10 +251,7 @@ def plot(rows: list[Record], path: Path) -> None:
     axes[0][0].set_yticks(range(len(names)), [METHODS[name].label for name in names])
     axes[0][0].invert_yaxis()
     figure.tight_layout()
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
 def report(bench: FaqdBench, choice: Choice, results: Path, name: str) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ import fashion_mnist
 import slimming_pareto
 import torch
 from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Bench, Data, data_of, normalised
-from records import Record, command_line, write
+from records import Record, command_line, write, write_figure
 from slimming_pareto import Protocol, build, cut, example, spread
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, ViTConfig, ViTForImageClassification
@@ -357,10 +356,7 @@ def plot(rows: list[Record], path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     figure.tight_layout()
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
 def report(bench: LowRankBench, choice: Choice, results: Path, name: str) -> None:

@@ -19,7 +19,6 @@ import argparse
 import copy
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ import fashion_mnist
 import torch
 import torch.nn.functional as F
 from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
-from records import Record, read_records, write
+from records import Record, read_records, write, write_figure
 from slimming_pareto import Protocol as SlimmingProtocol
 from slimming_pareto import build, cut, example, spread
 from torch import nn
@@ -448,10 +447,7 @@ def plot(rows: dict[str, list[Record]], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)
     figure.tight_layout()
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
 def report(bench: Bench) -> None:

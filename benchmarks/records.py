@@ -59,6 +59,16 @@ def write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib as a PNG, whole or not at all, and close it."""
+    from matplotlib import pyplot
+
+    part = path.with_suffix(".part.png")
+    figure.savefig(part, dpi=130)
+    pyplot.close(figure)
+    os.replace(part, path)
+
+
 def command_line(
     description: str | None, data: str, methods: Iterable[str], is_tuned: bool = True
 ) -> argparse.ArgumentParser:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,7 @@ from typing import Any
 import fashion_mnist
 import torch
 from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Bench, Data, data_of
-from records import Record, command_line, write
+from records import Record, command_line, write, write_figure
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
@@ -516,10 +515,7 @@ def plot(rows: list[dict[str, Any]], budgets: Iterable[float], path: Path) -> No
     handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=c, label=f) for f, c in COLOURS.items()]
     figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
 def report(bench: SlimmingBench, choice: Choice, results: Path, name: str) -> None:

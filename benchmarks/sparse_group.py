@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ from typing import Any
 import fashion_mnist
 import torch
 from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Bench, Data, accuracy, data_of
-from records import command_line, write
+from records import command_line, write, write_figure
 from slimming_pareto import spread
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -386,10 +385,7 @@ def plot(whole: dict[str, Any], path: Path) -> None:
         pair[0].set_ylabel(f"{NETWORKS[network].label}: test accuracy, %")
         pair[0].legend(fontsize=8, loc="lower left")
     figure.tight_layout()
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
 def report(bench: SparseGroupBench, results: Path, name: str) -> None:
