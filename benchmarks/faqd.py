@@ -16,7 +16,6 @@ stopped.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
@@ -31,8 +30,9 @@ from typing import Any
 import fashion_mnist
 import slimming_pareto
 import torch
-from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
-from slimming_pareto import TUNING_SEED, Protocol, Record, build, cut, example, read_records, spread, write
+from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Bench, Data, accuracy, data_of
+from records import Record, command_line, write, write_figure
+from slimming_pareto import Protocol, build, cut, example, spread
 from torch import nn
 
 from hf_compress import FeatureAffinityDistillation, QuantizationAwareTrainingCallback, find_axes, magnitude_scores
@@ -76,25 +76,14 @@ METHODS = {
 }
 
 
-class Bench:
-    """Runs what is not yet in the records file and appends to it."""
+class FaqdBench(Bench):
+    """Trains teachers and students."""
 
-    def __init__(self, protocol: Protocol, data: Data, records_file: Path):
-        self.protocol, self.data, self.file = protocol, data, records_file
-        self.records = read_records(records_file)
+    def __init__(self, protocol: Protocol, data: Data, file: Path):
+        super().__init__(protocol, data, file)
         self.teachers: dict[int, Any] = {}
 
-    def has(self, key: Record) -> bool:
-        self.records = read_records(self.file)  # another process may work on other methods
-        return any(all(record.get(name) == value for name, value in key.items()) for record in self.records)
-
-    def add(self, record: Record) -> None:
-        with self.file.open("a") as stream:  # one short write: a kill leaves at most a last line that is not read
-            stream.write(json.dumps(record) + "\n")
-        shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items())
-        print(time.strftime("%H:%M:%S"), shown, flush=True)
-
-    def measured(self, model: nn.Module, seed: int) -> dict[str, float]:
+    def measured_with_bytes(self, model: nn.Module, seed: int) -> dict[str, float]:
         found = {"validation": accuracy(model, self.data.validation)}
         if seed != TUNING_SEED:
             found["test"] = accuracy(model, self.data.test)
@@ -115,8 +104,8 @@ class Bench:
             torch.save(model.state_dict(), file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
         key = {"student": "-", "bits": 32, "method": "teacher", "weight": 0.0, "seed": seed}
-        if not self.has(key):
-            self.add({**key, **self.measured(model, seed)})
+        if not self.has(**key):
+            self.add({**key, **self.measured_with_bytes(model, seed)})
         self.teachers[seed] = model
         return model
 
@@ -129,7 +118,7 @@ class Bench:
 
     def run(self, kind: str, bits: int, name: str, weight: float, seed: int) -> None:
         key = {"student": kind, "bits": bits, "method": name, "weight": weight, "seed": seed}
-        if self.has(key):
+        if self.has(**key):
             return
         teacher, student = self.teacher(seed), self.student(kind, seed)
         since = time.process_time()
@@ -145,7 +134,7 @@ class Bench:
             weight_decay=1e-4, max_grad_norm=CLIP,
         )  # fmt: skip
         seconds = time.process_time() - since
-        self.add({**key, **self.measured(student, seed), "cpu_seconds": seconds})
+        self.add({**key, **self.measured_with_bytes(student, seed), "cpu_seconds": seconds})
 
 
 Choice = dict[tuple[str, int, str], float]  # student, bits and method -> weight of the affinity loss
@@ -169,7 +158,7 @@ def chosen_weights(records: list[Record]) -> Choice:
     return choice
 
 
-def tune(bench: Bench, students: Iterable[str], only: Iterable[str]) -> None:
+def tune(bench: FaqdBench, students: Iterable[str], only: Iterable[str]) -> None:
     for kind in students:
         for bits in BITS:
             for name in only:
@@ -180,7 +169,7 @@ def tune(bench: Bench, students: Iterable[str], only: Iterable[str]) -> None:
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
-def summary(bench: Bench, choice: Choice) -> list[Record]:
+def summary(bench: FaqdBench, choice: Choice) -> list[Record]:
     """One row per student, bits and method, over the reported seeds that are finished with the chosen weight."""
     rows: list[Record] = []
     wanted = {("-", 32, "teacher"): 0.0, **choice}
@@ -262,14 +251,10 @@ def plot(rows: list[Record], path: Path) -> None:
     axes[0][0].set_yticks(range(len(names)), [METHODS[name].label for name in names])
     axes[0][0].invert_yaxis()
     figure.tight_layout()
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
-def report(bench: Bench, choice: Choice, results: Path, name: str) -> None:
-    bench.records = read_records(bench.file)
+def report(bench: FaqdBench, choice: Choice, results: Path, name: str) -> None:
     rows = summary(bench, choice)
     if not rows:
         print("nothing to report yet")
@@ -294,30 +279,14 @@ def report(bench: Bench, choice: Choice, results: Path, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", default=DEFAULT_DATA)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--tune", action="store_true", help="fill the grids on the validation split")
-    parser.add_argument("--only", nargs="+", choices=sorted(METHODS), default=list(METHODS))
+    parser = command_line(__doc__, DEFAULT_DATA, METHODS)
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: a smoke test, results mean nothing")
-    parser.add_argument("--plot-only", action="store_true", help="report what is finished")
-    parser.add_argument("--seeds", nargs="+", type=int, help="run these of the seeds alone")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-
-    torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
     logging.getLogger("hf_compress").setLevel(logging.ERROR)  # it would warn of every folded shift
     name = "faqd_quick" if arguments.quick else "faqd"
     protocol = QUICK if arguments.quick else PROTOCOL
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    data = Data(*[(torch.empty(0), torch.empty(0))] * 3)
-    if not arguments.plot_only:
-        data = load_data(arguments.data, protocol.train_images)
-    if arguments.quick:
-        data = Data(data.train, *((pixels[:500], labels[:500]) for pixels, labels in (data.validation, data.test)))
-    bench = Bench(protocol, data, arguments.results / f"{name}.jsonl")
+    data = data_of(arguments, protocol.train_images)
+    bench = FaqdBench(protocol, data, arguments.results / f"{name}.jsonl")
     if arguments.tune:
         tune(bench, arguments.students, arguments.only)
     choice = chosen_weights(bench.records)

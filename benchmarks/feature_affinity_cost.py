@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import write_figure
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -142,10 +143,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
 def main() -> None:

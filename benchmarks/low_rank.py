@@ -15,11 +15,9 @@ killed goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -29,8 +27,9 @@ from typing import Any
 import fashion_mnist
 import slimming_pareto
 import torch
-from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data, normalised
-from slimming_pareto import TUNING_SEED, Protocol, Record, build, cut, example, read_records, spread, write
+from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Bench, Data, data_of, normalised
+from records import Record, command_line, write, write_figure
+from slimming_pareto import Protocol, build, cut, example, spread
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, ViTConfig, ViTForImageClassification
 
@@ -144,28 +143,8 @@ def callback_for(method: str, scheme: str, setting: Setting) -> Any:
 # -- units of work ------------------------------------------------------------------------------------------------
 
 
-class Bench:
-    """Runs what is not yet in the records file and appends to it."""
-
-    def __init__(self, protocol: Protocol, data: Data, records_file: Path):
-        self.protocol, self.data, self.file = protocol, data, records_file
-        self.records = read_records(records_file)
-
-    def has(self, key: Record) -> bool:
-        self.records = read_records(self.file)  # another process may work on other methods
-        return any(all(record.get(name) == value for name, value in key.items()) for record in self.records)
-
-    def add(self, record: Record) -> None:
-        with self.file.open("a") as stream:  # one short write: a kill leaves at most a last line that is not read
-            stream.write(json.dumps(record) + "\n")
-        shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items())
-        print(time.strftime("%H:%M:%S"), shown, flush=True)
-
-    def measured(self, model: nn.Module, stage: str, seed: int) -> dict[str, float]:
-        found = {f"validation_{stage}": accuracy(model, self.data.validation)}
-        if seed != TUNING_SEED:
-            found[stage] = accuracy(model, self.data.test)
-        return found
+class LowRankBench(Bench):
+    """Trains once for several budgets."""
 
     def run(self, kind: str, methods: list[tuple[str, str, Setting, tuple[float, ...]]], seed: int) -> None:
         """Train once and bring the model to every budget.
@@ -176,9 +155,7 @@ class Bench:
         wanted = []
         for method, scheme, setting, budgets in methods:
             key = {"model": kind, "method": method, "scheme": scheme, "setting": list(setting), "seed": seed}
-            wanted += [
-                (method, {**key, "budget": budget}) for budget in budgets if not self.has({**key, "budget": budget})
-            ]
+            wanted += [(method, {**key, "budget": budget}) for budget in budgets if not self.has(**key, budget=budget)]
         if not wanted:
             return
         since = time.process_time()
@@ -271,7 +248,7 @@ def chosen_settings(records: list[Record], budgets: Iterable[float]) -> Choice:
     return choice
 
 
-def run(bench: Bench, choice: Choice, kinds: list[str], seeds: Iterable[int], only: list[str]) -> None:
+def run(bench: LowRankBench, choice: Choice, kinds: list[str], seeds: Iterable[int], only: list[str]) -> None:
     """Seed by seed, so that what is there at any time compares all methods."""
     for seed in seeds:
         for kind in kinds:
@@ -285,7 +262,7 @@ def run(bench: Bench, choice: Choice, kinds: list[str], seeds: Iterable[int], on
                 bench.run(kind, [(*part, tuple(budgets)) for part, budgets in parts.items()], seed)
 
 
-def tune(bench: Bench, kinds: list[str], only: list[str]) -> None:
+def tune(bench: LowRankBench, kinds: list[str], only: list[str]) -> None:
     for kind in kinds:
         for name, scheme in rows_of(kind):
             grid = (METHODS[name].grid or {}).get(kind, ()) if name in only else ()
@@ -296,7 +273,7 @@ def tune(bench: Bench, kinds: list[str], only: list[str]) -> None:
 # -- report -------------------------------------------------------------------------------------------------------
 
 
-def summary(bench: Bench, choice: Choice) -> list[Record]:
+def summary(bench: LowRankBench, choice: Choice) -> list[Record]:
     """One row per model, method, scheme and budget, over the reported seeds that are finished with the chosen setting."""
     rows = []
     for (kind, name, scheme, budget), setting in choice.items():
@@ -379,14 +356,10 @@ def plot(rows: list[Record], path: Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
     figure.tight_layout()
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
-def report(bench: Bench, choice: Choice, results: Path, name: str) -> None:
-    bench.records = read_records(bench.file)
+def report(bench: LowRankBench, choice: Choice, results: Path, name: str) -> None:
     rows = summary(bench, choice)
     if not rows:
         print("nothing to report yet")
@@ -417,30 +390,14 @@ def report(bench: Bench, choice: Choice, results: Path, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", default=DEFAULT_DATA)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--tune", action="store_true", help="fill the grids on the validation split")
-    parser.add_argument("--only", nargs="+", choices=sorted(METHODS), default=list(METHODS))
+    parser = command_line(__doc__, DEFAULT_DATA, METHODS)
     parser.add_argument("--models", nargs="+", choices=sorted(KINDS), default=list(KINDS))
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: a smoke test, results mean nothing")
-    parser.add_argument("--plot-only", action="store_true", help="report what is finished")
-    parser.add_argument("--seeds", nargs="+", type=int, help="run these of the seeds alone")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-
-    torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
     logging.getLogger("hf_compress").setLevel(logging.ERROR)  # it would warn of every folded shift
     name = "low_rank_quick" if arguments.quick else "low_rank"
     protocol = QUICK if arguments.quick else PROTOCOL
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    data = Data(*[(torch.empty(0), torch.empty(0))] * 3)
-    if not arguments.plot_only:
-        data = load_data(arguments.data, protocol.train_images)
-    if arguments.quick:
-        data = Data(data.train, *((pixels[:500], labels[:500]) for pixels, labels in (data.validation, data.test)))
-    bench = Bench(protocol, data, arguments.results / f"{name}.jsonl")
+    data = data_of(arguments, protocol.train_images)
+    bench = LowRankBench(protocol, data, arguments.results / f"{name}.jsonl")
     if arguments.tune:
         tune(bench, arguments.models, arguments.only)
     choice = chosen_settings(bench.records, protocol.budgets)

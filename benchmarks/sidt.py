@@ -34,7 +34,7 @@ from typing import Any
 
 import fashion_mnist
 import torch
-from fashion_mnist import DEFAULT_DATA, Images, accuracy, load_data
+from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Images, accuracy, load_data
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
@@ -60,7 +60,6 @@ from hf_compress.surgery.importance import importance
 
 HERE = Path(__file__).resolve().parent
 FLOOR = {"qk": 8, "v": 8, "mlp": 16, "channels": 1}
-TUNING_SEED = 100
 STRENGTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 

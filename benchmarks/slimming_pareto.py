@@ -14,11 +14,9 @@ was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,14 +27,14 @@ from typing import Any
 
 import fashion_mnist
 import torch
-from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
+from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Bench, Data, data_of
+from records import Record, command_line, write, write_figure
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
 from hf_compress import NetworkSlimmingCallback, ProximalSlimmingCallback, find_axes, magnitude_scores, select, shrink
 
 HERE = Path(__file__).resolve().parent
-TUNING_SEED = 100
 
 
 @dataclass(frozen=True)
@@ -305,31 +303,9 @@ METHODS = {
 # A record is one line of the records file: a model at one stage, before and after fine-tuning. `before` and `after` are
 # test accuracies (absent in tuning), `validation_before` and `validation_after` those on the held-out split.
 
-Record = dict[str, Any]
 
-
-class Bench:
-    """Runs what is not yet in the records file and appends to it."""
-
-    def __init__(self, protocol: Protocol, data: Data, records_file: Path):
-        self.protocol, self.data, self.file = protocol, data, records_file
-        self.records = read_records(records_file)
-
-    def has(self, **key: Any) -> bool:
-        self.records = read_records(self.file)  # another process may work on other methods
-        return any(all(record.get(name) == value for name, value in key.items()) for record in self.records)
-
-    def add(self, record: Record) -> None:
-        with self.file.open("a") as stream:  # one short write: a kill leaves at most a last line that is not read
-            stream.write(json.dumps(record) + "\n")
-        shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items())
-        print(time.strftime("%H:%M:%S"), shown, flush=True)
-
-    def measured(self, model: nn.Module, stage: str, seed: int) -> dict[str, float]:
-        found = {f"validation_{stage}": accuracy(model, self.data.validation)}
-        if seed != TUNING_SEED:
-            found[stage] = accuracy(model, self.data.test)
-        return found
+class SlimmingBench(Bench):
+    """Trains, prunes, fine-tunes."""
 
     def finish(self, model: ResNetForImageClassification, dense_macs: int, since: float, **record: Any) -> None:
         """Measure, fine-tune, measure again, and record."""
@@ -401,16 +377,6 @@ class Bench:
         )
 
 
-def read_records(path: Path) -> list[Record]:
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # the last line of a killed run
-    return records
-
-
 def merit(record: Record) -> float:
     """What a strength is chosen by: the mean of the validation accuracies before and after fine-tuning."""
     return (record["validation_before"] + record["validation_after"]) / 2
@@ -439,13 +405,13 @@ def chosen_settings(records: list[Record], budgets: Iterable[float]) -> Choice:
     return choice
 
 
-def tune(bench: Bench, only: Iterable[str]) -> None:
+def tune(bench: SlimmingBench, only: Iterable[str]) -> None:
     for name in only:
         for setting in METHODS[name].grid if len(METHODS[name].grid) > 1 else ():
             bench.method(name, setting, TUNING_SEED, bench.protocol.budgets)
 
 
-def run(bench: Bench, choice: Choice, seeds: Iterable[int], only: Iterable[str]) -> None:
+def run(bench: SlimmingBench, choice: Choice, seeds: Iterable[int], only: Iterable[str]) -> None:
     """Seed by seed, so that what is there at any time compares all methods."""
     for seed in seeds:
         if "dense" in only or "magnitude" in only:
@@ -469,7 +435,7 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def summary(bench: Bench, choice: Choice) -> list[dict[str, Any]]:
+def summary(bench: SlimmingBench, choice: Choice) -> list[dict[str, Any]]:
     """One row per method and budget, over the reported seeds that are finished with the chosen setting."""
     rows = []
     for budget in (1.0, *bench.protocol.budgets):
@@ -549,13 +515,10 @@ def plot(rows: list[dict[str, Any]], budgets: Iterable[float], path: Path) -> No
     handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=c, label=f) for f, c in COLOURS.items()]
     figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
-def report(bench: Bench, choice: Choice, results: Path, name: str) -> None:
+def report(bench: SlimmingBench, choice: Choice, results: Path, name: str) -> None:
     """Write table, JSON and plot of what is finished."""
     rows = summary(bench, choice)
     if not rows:
@@ -586,37 +549,15 @@ def report(bench: Bench, choice: Choice, results: Path, name: str) -> None:
     plot(rows, bench.protocol.budgets, results / f"{name}.png")
 
 
-def write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", default=DEFAULT_DATA)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--tune", action="store_true", help="fill the grids on the validation split")
-    parser.add_argument("--only", nargs="+", choices=sorted(METHODS), help="tune or run these methods alone")
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed and few steps: a smoke test, results mean nothing"
-    )
-    parser.add_argument("--plot-only", action="store_true", help="report what is finished")
-    parser.add_argument("--seeds", nargs="+", type=int, help="run these of the seeds alone")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = command_line(__doc__, DEFAULT_DATA, METHODS)
     arguments = parser.parse_args()
-
-    torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
     logging.getLogger("hf_compress").setLevel(logging.ERROR)  # it would warn of every folded shift
     name = "slimming_pareto_quick" if arguments.quick else "slimming_pareto"
     protocol = QUICK if arguments.quick else Protocol()
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    data = Data(*[(torch.empty(0), torch.empty(0))] * 3)
-    if not arguments.plot_only:
-        data = load_data(arguments.data, protocol.train_images)
-    only = arguments.only or list(METHODS)
-    bench = Bench(protocol, data, arguments.results / f"{name}.jsonl")
+    only = arguments.only
+    data = data_of(arguments, protocol.train_images)
+    bench = SlimmingBench(protocol, data, arguments.results / f"{name}.jsonl")
     if arguments.quick:
         choice = {
             key: dict.fromkeys(protocol.budgets, method.grid[-1]) for key, method in METHODS.items() if method.grid

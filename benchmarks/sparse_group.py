@@ -15,10 +15,8 @@ runs stay in a JSON-lines file, so a run that was killed goes on where it stoppe
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -28,8 +26,9 @@ from typing import Any
 
 import fashion_mnist
 import torch
-from fashion_mnist import DEFAULT_DATA, Data, accuracy, load_data
-from slimming_pareto import read_records, spread, write
+from fashion_mnist import DEFAULT_DATA, TUNING_SEED, Bench, Data, accuracy, data_of
+from records import command_line, write, write_figure
+from slimming_pareto import spread
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -40,7 +39,6 @@ from hf_compress.models.lenet import LeNetConfig, LeNetForImageClassification
 from hf_compress.models.wide_resnet import WideResNetConfig, WideResNetForImageClassification
 
 HERE = Path(__file__).resolve().parent
-TUNING_SEED = 100
 LOSS = 1.0  # points of accuracy below dense at which the curves are read
 
 
@@ -168,20 +166,17 @@ def stored_bytes(model: PreTrainedModel) -> int:
         return (Path(folder) / "model.safetensors").stat().st_size
 
 
-class Bench:
-    """Runs what is not yet in the records file and appends to it."""
+class SparseGroupBench(Bench):
+    """Trains, shrinks, fine-tunes."""
 
     def __init__(self, protocol: Protocol, data: Data, file: Path):
-        self.protocol, self.data, self.file = protocol, data, file
+        super().__init__(protocol, data, file)
         self.dense: dict[tuple[str, int], PreTrainedModel] = {}
-
-    def has(self, key: dict[str, Any]) -> bool:
-        return any(all(record.get(name) == value for name, value in key.items()) for record in read_records(self.file))
 
     def run(self, name: str, method: str, strength: float, split: float, seed: int) -> None:
         """One point of one curve."""
         key = {"network": name, "method": method, "strength": strength, "split": split, "seed": seed}
-        if self.has(key):
+        if self.has(**key):
             return
         since = time.process_time()
         network = NETWORKS[name]
@@ -221,13 +216,7 @@ class Bench:
             train(network, model, self.data, self.protocol, seed, [KeepZerosCallback()], is_finetuning=True)
         record |= {"after": self.accuracy(model, seed), "bytes": stored_bytes(model)}
         record["seconds"] = time.process_time() - since
-        with self.file.open("a") as stream:  # one short write: a kill leaves at most a last line that is not read
-            stream.write(json.dumps(record) + "\n")
-        print(
-            time.strftime("%H:%M:%S"),
-            " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()),
-            flush=True,
-        )
+        self.add(record)
 
     def callback(self, network: Network, method: str, strength: float, split: float) -> Any:
         if method == "slimming":
@@ -396,15 +385,12 @@ def plot(whole: dict[str, Any], path: Path) -> None:
         pair[0].set_ylabel(f"{NETWORKS[network].label}: test accuracy, %")
         pair[0].legend(fontsize=8, loc="lower left")
     figure.tight_layout()
-    written = path.with_suffix(".part.png")
-    figure.savefig(written, dpi=130)
-    pyplot.close(figure)
-    os.replace(written, path)
+    write_figure(path, figure)
 
 
-def report(bench: Bench, results: Path, name: str) -> None:
+def report(bench: SparseGroupBench, results: Path, name: str) -> None:
     """Write table, JSON and plot of what is finished."""
-    records = read_records(bench.file)
+    records = bench.records
     whole = summary(records, bench.protocol.seeds)
     if not whole:
         print("nothing to report yet")
@@ -422,28 +408,14 @@ def report(bench: Bench, results: Path, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", default=DEFAULT_DATA)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--tune", action="store_true", help="choose the coupling on the validation split")
-    parser.add_argument("--only", nargs="+", choices=sorted(METHODS), help="these methods alone")
+    parser = command_line(__doc__, DEFAULT_DATA, METHODS)
     parser.add_argument("--networks", nargs="+", choices=sorted(NETWORKS), default=sorted(NETWORKS))
-    parser.add_argument("--quick", action="store_true", help="few steps, one seed: a smoke test, results mean nothing")
-    parser.add_argument("--plot-only", action="store_true", help="report what is finished")
-    parser.add_argument("--seeds", nargs="+", type=int, help="run these of the seeds alone")
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-
-    torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
     name = "sparse_group_quick" if arguments.quick else "sparse_group"
     protocol = QUICK if arguments.quick else Protocol()
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    data = Data(*[(torch.empty(0), torch.empty(0))] * 3)
-    if not arguments.plot_only:
-        data = load_data(arguments.data, protocol.train_images)
-    bench = Bench(protocol, data, arguments.results / f"{name}.jsonl")
-    only = arguments.only or list(METHODS)
+    data = data_of(arguments, protocol.train_images)
+    bench = SparseGroupBench(protocol, data, arguments.results / f"{name}.jsonl")
+    only = arguments.only
     if arguments.tune:
         for network in arguments.networks:
             for method in [method for method in only if method in SPARSE]:
@@ -451,7 +423,7 @@ def main() -> None:
                     bench.run(network, method, middle(method), split, TUNING_SEED)
         return
     if not arguments.plot_only:
-        records = read_records(bench.file)
+        records = bench.records
         for seed in arguments.seeds or protocol.seeds:
             for network in arguments.networks:
                 for method in [method for method in only if network in METHODS[method].networks]:

@@ -12,6 +12,7 @@ from . import _registration
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "ArchitectureSearchCallback": "methods",
     "Axis": "axes",
     "AxisGraph": "axes",
     "Plan": "surgery",
@@ -19,6 +20,7 @@ _HOMES = {
     "DistillationCallback": "methods",
     "FeatureAffinityDistillation": "methods",
     "EyeRenderer": "data.eyes",
+    "DropPathScheduleCallback": "methods",
     "HfCompressConfig": "hub",
     "HfCompressError": "errors",
     "L1": "methods",
@@ -35,6 +37,7 @@ _HOMES = {
     "SparseGroupCallback": "methods",
     "TrainedRankPruningCallback": "methods",
     "TransformedL1": "methods",
+    "WidthSearchCallback": "methods",
     "export_onnx": "export",
     "factorize": "surgery",
     "factorize_report": "surgery",
@@ -43,11 +46,14 @@ _HOMES = {
     "importance": "surgery",
     "load_recipe": "recipe",
     "magnitude_scores": "surgery",
+    "match_blocks": "surgery",
     "measure": "measurement",
+    "own_names_in_checkpoints": "methods",
     "prune": "surgery",
     "push": "hub",
     "quantize": "quantization",
     "remove_blocks": "surgery",
+    "replace_attention": "surgery",
     "report_first": "methods",
     "run_recipe": "recipe",
     "select": "surgery",

@@ -21,6 +21,8 @@ from .models import AUTO_CLASSES, IMAGE_PROCESSORS
 
 
 def _register_quantizer() -> None:
+    if not all(_is_complete(name) for name in (_QUANTIZERS, _OWN_QUANTIZER)):
+        return  # the second imports the first; its own hook comes when it is done
     from transformers.quantizers import auto
 
     from .hub.config import QUANT_METHOD, HfCompressConfig
@@ -84,9 +86,12 @@ _OWN_MODELING = (
     f"{__package__}.models.slimming",
     *(f"{package}.modeling_{package.rpartition('.')[2]}" for package, _, _ in AUTO_CLASSES.values()),
 )
+_QUANTIZERS = "transformers.quantizers.auto"
+_OWN_QUANTIZER = f"{__package__}.hub.quantizer"
 _PIPELINE = f"{__package__}.applications.eye_openness.pipeline"
 _HOOKS: dict[str, Callable[[], None]] = {
-    "transformers.quantizers.auto": _register_quantizer,
+    _QUANTIZERS: _register_quantizer,
+    _OWN_QUANTIZER: _register_quantizer,
     "transformers.models.auto.configuration_auto": _register_configurations,
     "transformers.models.auto.image_processing_auto": _register_image_processors,
     "transformers.pipelines": _register_pipelines,

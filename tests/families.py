@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from hf_compress.models.afidaf import AfidafConfig
+from hf_compress.models.darts import DartsConfig
 
 Built = tuple[nn.Module, Tensor]
 
@@ -163,6 +164,19 @@ FAMILIES: dict[str, Callable[[], Built]] = {
     "swin": _classifier(
         transformers.SwinConfig(
             image_size=32, patch_size=2, embed_dim=12, depths=[2, 1], num_heads=[2, 3], window_size=4, **_LABELS
+        )
+    ),
+    "darts": _classifier(
+        DartsConfig(
+            genotype={
+                "normal": [
+                    [["sep_conv_3x3", 0], ["max_pool_3x3", 1]], [["skip_connect", 0], ["dil_conv_5x5", 2]],
+                ],
+                "reduce": [
+                    [["avg_pool_3x3", 0], ["skip_connect", 1]], [["sep_conv_5x5", 2], ["dil_conv_3x3", 1]],
+                ],
+            },
+            num_cells=3, width=8, stem_multiplier=2, **_LABELS,
         )
     ),
     "timm_resnet": _timm("resnet18", 32, channels=[8, 8, 16, 16], stem_width=8),

@@ -50,6 +50,14 @@ _TASKS = {
         },
         "any logit or box",
     ),
+    "image-segmentation": _Task(
+        "Semantic Segmentation",
+        "image segmenter",
+        "AutoModelForSemanticSegmentation",
+        "segment",
+        {"mean_iou": ("mean_iou", "mIoU"), "pixel_accuracy": ("accuracy", "Pixel accuracy")},
+        "any logit",
+    ),
     "eye-openness": _Task(
         "Eye Openness",
         "estimator of eye openness",
@@ -85,23 +93,24 @@ class CardContent:
 
     Attributes:
         title: heading, and the model's name in the metadata.
-        dense, compressed: measured values by the keys of metrics.json: ``accuracy``, or ``map`` and ``map_50`` (shares, 0 to
-            1), ``params``, ``macs``, ``bytes``, ``latency_ms``, ``onnx_latency_ms``.
+        dense, compressed: measured values by the keys of metrics.json: ``accuracy``, or ``map`` and ``map_50``, or
+            ``mean_iou`` and ``pixel_accuracy`` (shares, 0 to 1), ``params``, ``macs``, ``bytes``, ``latency_ms``, ``onnx_latency_ms``.
         dataset_name: for readers.
         dataset_id: the Hub's id, or the name of a data set that is elsewhere.
         dataset_split: on which these were measured.
-        task: ``image-classification``, ``object-detection`` or ``eye-openness``.
+        task: ``image-classification``, ``object-detection``, ``image-segmentation`` or ``eye-openness``.
         dataset_is_on_hub: whether ``dataset_id`` may be linked from the metadata.
         description: a sentence or two about this model.
         architecture: class or family of the model.
+        reference: what ``dense`` is, in words.
         stages: what was done, in order, for example ``("train", "network_slimming", "prune", "finetune")``.
         base_model: Hub id of the model that the run started from.
         license: identifier that the Hub knows, for example ``apache-2.0``.
         reload_max_abs_diff: largest difference of any output after ``from_pretrained`` in a new process.
         onnx_max_abs_diff: largest difference of any output between ONNX Runtime and PyTorch.
-        notes: sentences on limits and fairness.
         int8: of model_int8.onnx: ``latency_ms``, ``argmax`` (share of images with PyTorch's class), ``images`` and
             ``relative_difference`` of logits.
+        notes: sentences on limits and fairness.
         plots: file name of a picture in the card's folder -> what it shows.
         recipe: the recipe as YAML.
         machine: what the times were measured on, see :func:`hf_compress.measurement.describe_machine`.
@@ -120,13 +129,14 @@ class CardContent:
     dataset_is_on_hub: bool = False
     description: str = ""
     architecture: str = ""
+    reference: str = "dense model"
     stages: Sequence[str] = ()
     base_model: str | None = None
     license: str | None = None
     reload_max_abs_diff: float | None = None
     onnx_max_abs_diff: float | None = None
-    notes: Sequence[str] = ()
     int8: Mapping[str, float] | None = None
+    notes: Sequence[str] = ()
     plots: Mapping[str, str] = field(default_factory=dict)
     recipe: str = ""
     machine: str = ""
@@ -218,7 +228,7 @@ def _introduction(card: CardContent) -> str:
             shares.append(f"{100 * left / whole:.0f} % of the {name}")
     sentence = f"{kind}, made smaller with `hf_compress`"
     listed = " and ".join([", ".join(shares[:-1]), shares[-1]] if len(shares) > 1 else shares)
-    sentence += f": it has {listed} of the dense model." if shares else "."
+    sentence += f": it has {listed} of the {card.reference}." if shares else "."
     lines = [sentence]
     if card.stages:
         lines.append("Stages: " + " → ".join(stage.replace("_", " ") for stage in card.stages) + ".")
@@ -245,7 +255,7 @@ def _table(card: CardContent) -> str:
             rows.append((name, *(f"{value}{_SPACE}{prefix}{unit}".strip() for value in shown), ratio))
     if not rows:
         return ""
-    lines = ["| | Dense | Small | Ratio |", "|:--|--:|--:|--:|"]
+    lines = [f"| | {card.reference.removesuffix(' model').capitalize()} | Small | Ratio |", "|:--|--:|--:|--:|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
@@ -17,6 +21,9 @@ from hf_compress.surgery.skeleton import apply_record, named_tensors, record_of
 
 from .config import HfCompressConfig, storage_of
 
+# by transformers, where a quantizer is at work as elsewhere
+_SHAPES_ARE_COMPARED = Version(transformers.__version__) >= Version("5.23")
+
 
 class HfCompressQuantizer(HfQuantizer):
     """Makes the freshly built skeleton as small as the record says, before weights are loaded into it.
@@ -27,17 +34,26 @@ class HfCompressQuantizer(HfQuantizer):
     """
 
     quantization_config: HfCompressConfig
+    _shapes: Mapping[str, torch.Size] = MappingProxyType({})
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        apply_record(model, self.quantization_config.record)
+        # from_pretrained builds under torch.device("meta"), a mode that sees every access to a tensor, its shape included
+        with torch._C.DisableTorchFunction():
+            apply_record(model, self.quantization_config.record)
         if self.quantization_config.quantization is not None:
             prepare_skeleton(model, self.quantization_config.quantization)
-        self._shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
+        if not _SHAPES_ARE_COMPARED:
+            with torch._C.DisableTorchFunction():
+                self._shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
         return model
 
+    def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # not the base class's, which marks every model inside as quantized
+        model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
+        return self._process_model_after_weight_loading(model, **kwargs)
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        # releases of transformers before 5.23 do not compare shapes where a quantizer is at work
-        for key, tensor in named_tensors(model):
+        for key, tensor in named_tensors(model) if self._shapes else ():
             if tensor.shape != self._shapes.get(key, tensor.shape):
                 raise RecordError(
                     f"the checkpoint's {key!r} has shape {tuple(tensor.shape)}, its config.json asks for "
@@ -46,10 +62,6 @@ class HfCompressQuantizer(HfQuantizer):
         for name in ("hf_quantizer", "quantization_method"):
             vars(model).pop(name, None)
         vars(model)["is_quantized"] = False
-        for module in model.modules():
-            config = vars(module).get("config")
-            if config is not None:  # the base class has marked the configuration of every model inside
-                vars(config).pop("_is_quantized", None)
         if self.quantization_config.quantization is not None:
             finish_loading(model, self.quantization_config.quantization)
             attach_quantization(model)
@@ -65,6 +77,14 @@ class HfCompressQuantizer(HfQuantizer):
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dequantize(model)
         return model if dtype is None else model.to(dtype)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        if self.quantization_config.quantization is None and self.quantization_config.storage == "dense":
+            return dtype  # as without a quantizer: every tensor is stored as the model holds it
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _convert_model_for_quantization(self, model: nn.Module) -> None:
+        return  # a walk for modules that other methods replace
 
     # Sparse tensors aside, a compressed checkpoint holds no tensor under a name that the model does not have, so there is
     # nothing to look for in the two walks through the model that the base class makes.

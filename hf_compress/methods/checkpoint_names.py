@@ -40,7 +40,14 @@ def restore_names(model: nn.Module, before: Any) -> None:
 def own_names_in_checkpoints(model: nn.Module) -> Iterator[None]:
     """Have Trainer resume, and load its best model, from the weights that it saved. Enter it before Trainer is made.
 
-    What is saved afterwards has the names that everybody else expects.
+    Needed for ViT, DeiT, Swin, DINOv2 and BEiT, among others, with and without a method of this package; models whose
+    names never changed are saved as always. Recipes do it by themselves. What is saved afterwards has the names that
+    everybody else expects::
+
+        with own_names_in_checkpoints(model):
+            trainer = Trainer(model, arguments, ...)
+            trainer.train(resume_from_checkpoint=True)
+        model.save_pretrained("result")
     """
     before = use_own_names(model)
     try:

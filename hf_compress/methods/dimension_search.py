@@ -169,23 +169,13 @@ class DimensionSearchCallback(AxisCallback):
         scores = self.attach(model)
         super().on_train_begin(args, state, control, **kwargs)
         self._group = self._find_group(kwargs["optimizer"], scores)
-        graph, names = scores.graph, scores.names
-        floors = {name: self._floor(name, graph) for name in names}
-        self._lowest = None
-        if self._is_budget():
-            if "latency" not in self.target:  # type: ignore[operator]
-                self._plan(graph, {name: torch.ones(graph[name].size) for name in names})  # raises out of reach
-        elif self.target is not None:
-            self._lowest = Lowest(graph, names, floors, self._shares(scores.kinds), self.scales_.device)  # type: ignore[union-attr]
+        self._prepare(scores)
         if state.global_step > 0 and not scores.is_training:
             logger.warning(
                 f"{type(self).__name__}: the checkpoint holds no scores for these axes, so they start again at 1. Resume "
                 "with the callback arguments of the interrupted run."
             )
         scores.is_training.fill_(True)
-        self._sizes = Counter[str]()
-        for name in scores.names:  # in the order of the kinds
-            self._sizes[scores.kinds[name]] += scores.graph[name].size
         is_share = 0 < self.warmup < 1
         self._warmup_steps = round(self.warmup * state.max_steps if is_share else self.warmup)
 
@@ -215,9 +205,7 @@ class DimensionSearchCallback(AxisCallback):
                 alpha = self._before + self.lr_factor * (alpha - self._before)
             if self.update == "proximal" and state.global_step >= self._warmup_steps:
                 step = float(kwargs["optimizer"].param_groups[self._group]["lr"]) * self.lr_factor
-                parts = [self.penalty_.proximal(x, step, strength) for x, strength in self._by_kind(alpha)]
-                shrunk = torch.cat(parts)
-                alpha = shrunk if self._lowest is None else torch.where(self._lowest(alpha.abs()), shrunk, alpha)
+                alpha = self._shrunk(alpha, step)
             self.scales_.write(alpha)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -419,12 +407,37 @@ class DimensionSearchCallback(AxisCallback):
         assert self.scales_ is not None
         return self.scales_.sum((self.scales_.read().abs() > self.threshold).float()) == 0
 
+    def _prepare(self, scores: DimensionScores) -> None:
+        """Get ready to penalise attached scores; :attr:`scales_` are theirs.
+
+        Raises:
+            BudgetError: when the target cannot be met.
+        """
+        assert self.scales_ is not None
+        graph, names = scores.graph, scores.names
+        floors = {name: self._floor(name, graph) for name in names}
+        self._lowest = None
+        if self._is_budget():
+            if "latency" not in self.target:  # type: ignore[operator]
+                self._plan(graph, {name: torch.ones(graph[name].size) for name in names})  # raises out of reach
+        elif self.target is not None:
+            self._lowest = Lowest(graph, names, floors, self._shares(scores.kinds), self.scales_.device)
+        self._sizes = Counter[str]()
+        for name in names:  # in the order of the kinds
+            self._sizes[scores.kinds[name]] += graph[name].size
+
+    def _shrunk(self, alpha: Tensor, step: float) -> Tensor:
+        """[n] scores after the penalty's proximal operator, which acts on those that are to vanish."""
+        parts = [self.penalty_.proximal(x, step, strength) for x, strength in self._by_kind(alpha)]
+        shrunk = torch.cat(parts)
+        return shrunk if self._lowest is None else torch.where(self._lowest(alpha.abs()), shrunk, alpha)
+
     def _by_kind(self, alpha: Tensor) -> Iterator[tuple[Tensor, float]]:
         """For every kind its part of [n] scores and the strength."""
         for part, kind in zip(alpha.split(list(self._sizes.values())), self._sizes, strict=True):
             yield part, _of_kind(self.strength, kind, 0.0)
 
-    def _warn_if_short(self) -> None:
+    def _warn_if_short(self, callback: str = "DimensionSearchCallback", rate: str = "lr_factor") -> None:
         if self._lowest is None or self.update != "proximal":
             return
         assert self.scales_ is not None
@@ -432,9 +445,9 @@ class DimensionSearchCallback(AxisCallback):
         chosen = alpha[self._lowest(alpha)]
         if bool((chosen > self.threshold).any()):
             logger.warning(
-                f"{type(self).__name__}: of the {len(chosen)} scores that target={self.target} removes, "
+                f"{callback}: of the {len(chosen)} scores that target={self.target} removes, "
                 f"{int((chosen <= self.threshold).sum())} became zero; the largest is {float(chosen.max()):.3g}, so the removal "
-                "will change what the model computes. Raise strength or lr_factor, or train longer."
+                f"will change what the model computes. Raise strength or {rate}, or train longer."
             )
 
     def _find_group(self, optimizer: Any, scores: DimensionScores) -> int:

@@ -122,11 +122,12 @@ class FeatureAffinityDistillation(PreTrainedModel):
         teacher_dtype: torch.dtype | str | None = None,
         example_inputs: Inputs = None,
     ):
-        for name in ("kd_weight", "affinity_weight", "label_weight"):
-            check_number(name, locals()[name], minimum=0)
+        weights = {"kd_weight": kd_weight, "affinity_weight": affinity_weight, "label_weight": label_weight}
+        for name, weight in weights.items():
+            check_number(name, weight, minimum=0)
         check_number("temperature", temperature, minimum=0, is_open=True)
         check_number("projections", projections, minimum=1)
-        if not kd_weight and not affinity_weight and not label_weight:
+        if not any(weights.values()):
             raise MethodError("kd_weight, affinity_weight and label_weight are all 0: there is nothing to learn from.")
         for name, value, known in (
             ("kd_loss", kd_loss, LOGIT_LOSSES), ("norm", norm, NORMS), ("resizing", resizing, RESIZINGS)
@@ -396,7 +397,8 @@ class DistillationCallback(TrainerCallback, ExportableState):
         MethodError: when the Trainer is made with another model.
     """
 
-    axis_metrics_: dict[str, float] = {}  # noqa: RUF012  # replaced, never changed
+    def __init__(self) -> None:
+        self.axis_metrics_: dict[str, float] = {}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _distillation(kwargs["model"])

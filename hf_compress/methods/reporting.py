@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback
 
+from .architecture_search import ArchitectureSearchCallback
 from .axis_callback import AxisCallback
 from .feature_affinity import DistillationCallback
 from .trained_rank_pruning import TrainedRankPruningCallback
+
+# whose on_log adds to the logs
+_LOGGING = (AxisCallback, ArchitectureSearchCallback, DistillationCallback, TrainedRankPruningCallback)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -66,7 +70,7 @@ def _sorted(handler: CallbackHandler) -> list[TrainerCallback]:
     def rank(callback: TrainerCallback) -> int:
         if isinstance(callback, DefaultFlowCallback):
             return 0
-        if isinstance(callback, (AxisCallback, TrainedRankPruningCallback, DistillationCallback)):
+        if isinstance(callback, _LOGGING):
             return 1
         if isinstance(callback, _Order):
             return 2 if callback.is_first else 4

@@ -371,6 +371,21 @@ class SparseGroupCallback(AxisCallback):
             raise ModelError("the weights of the model are not finite; the training diverged. Lower the learning rate.")
         return groups.by_axis(scores)
 
+    def group_norms(self, model: nn.Module) -> dict[str, Tensor]:
+        """The norm of every index's group in the weights, over the root of the group's size: a root mean square weight.
+
+        Where an index has two groups, the smaller number.
+
+        Args:
+            model: at any time, not wrapped.
+
+        Returns:
+            Axis name -> float32 [axis size] on the CPU; axes without groups are left out.
+        """
+        groups = self._groups(model)
+        norms = groups.norms(groups.read()) / groups.counts.sqrt()
+        return {name: norm.float().cpu() for name, norm in groups.by_axis(norms).items()}
+
     def support(self, model: nn.Module) -> dict[str, Tensor]:
         """Which indices the training decided to keep: those with no zero group, and of every axis at least one.
 

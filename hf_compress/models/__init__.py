@@ -50,6 +50,16 @@ AUTO_CLASSES: dict[str, tuple[str, str, dict[str, str]]] = {
         "WideResNetConfig",
         {"AutoModel": "WideResNetModel", "AutoModelForImageClassification": "WideResNetForImageClassification"},
     ),
+    "darts": (
+        "hf_compress.models.darts",
+        "DartsConfig",
+        {"AutoModel": "DartsModel", "AutoModelForImageClassification": "DartsForImageClassification"},
+    ),
+    "darts_supernet": (
+        "hf_compress.models.darts",
+        "DartsSupernetConfig",
+        {"AutoModel": "DartsSupernetModel", "AutoModelForImageClassification": "DartsSupernetForImageClassification"},
+    ),
     "eye_openness": (
         "hf_compress.models.eye_openness",
         "EyeOpennessConfig",

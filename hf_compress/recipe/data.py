@@ -296,11 +296,10 @@ def load_splits(recipe: Recipe) -> Any:
             return datasets.load_dataset(str(place or section.name), section.subset)
     except Exception as error:  # the errors of datasets, huggingface_hub and the network share no base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        builtin, example = (
-            ("scenes", "detection-datasets/coco")
-            if recipe.task == "object-detection"
-            else ("digits", "zalando-datasets/fashion_mnist")
-        )
+        builtin, example = {
+            "object-detection": ("scenes", "detection-datasets/coco"),
+            "image-segmentation": ("scenes", "zhoubolei/scene_parse_150"),
+        }.get(recipe.task, ("digits", "zalando-datasets/fashion_mnist"))
         raise DataError(
             f"{where}: {section.name!r} could not be loaded ({reason}). Possible: {builtin}, a local folder, or a Hub id "
             f"such as {example}."
@@ -452,14 +451,16 @@ def encode(recipe: Recipe, feature: Any, columns: Mapping[str, Any]) -> tuple[li
     return names, coded
 
 
-def image_reader(recipe: Recipe, dataset: Any, split: str, column: str) -> Callable[[Sequence[int]], list[Image.Image]]:
-    """A function that decodes images of a split, given their places, as RGB."""
+def image_reader(
+    recipe: Recipe, dataset: Any, split: str, column: str, mode: str | None = "RGB"
+) -> Callable[[Sequence[int]], list[Image.Image]]:
+    """A function that decodes images of a split, given their places, in a mode of PIL or as they are."""
     images = dataset.select_columns([column])
 
     def read(indices: Sequence[int]) -> list[Image.Image]:
         try:
             found = images[[int(i) for i in indices]][column]
-            return [image.convert("RGB") for image in found]
+            return [image if mode is None else image.convert(mode) for image in found]
         except Exception as error:  # PIL raises many kinds for a damaged file
             raise DataError(
                 f"{recipe.where('data')}: an image of the {split} split between numbers {min(indices)} and "

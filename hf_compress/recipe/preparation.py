@@ -25,13 +25,16 @@ from ..measurement.latency_table import LatencyTable
 from ..surgery import magnitude_scores
 from .data import RawData, local_folder
 from .schema import (
+    ArchitectureSearchStage,
     Compression,
+    DeriveStage,
     DistillStage,
     FactorizeStage,
     Method,
     PruneStage,
     QuantizeStage,
     Recipe,
+    ReplaceAttentionStage,
     TrainedRankPruningStage,
     Training,
     bits_of_training,
@@ -109,14 +112,18 @@ def prepare(recipe: Recipe) -> Prepared:
     for index, stage in enumerate(recipe.stages):
         if isinstance(stage, Training):
             arguments = training_arguments(recipe, index, Path("unused"))
-            prepared.steps[index] = number_of_steps(arguments, len(data.train))
+            try:
+                prepared.steps[index] = number_of_steps(arguments, stage.images(len(data.train)))
+            except DataError as error:
+                raise DataError(f"{recipe.where('stages', index)}: {error}") from error
     for index, stage in enumerate(recipe.stages):
         if quantizes(stage):
             _check_bits(prepared, index)
         if isinstance(stage, DistillStage):
             _check_teacher(prepared, index)
-    acts_on_axes = (Compression, Method, TrainedRankPruningStage)
-    if any(isinstance(stage, acts_on_axes) and not isinstance(stage, QuantizeStage) for stage in recipe.stages):
+    _check_search(prepared)
+    needs_axes = (FactorizeStage, PruneStage, Method, TrainedRankPruningStage)
+    if any(isinstance(stage, needs_axes) for stage in recipe.stages):
         prepared.axes = find_axes(model, prepared.example_inputs)
         _check_budgets(prepared)
     return prepared
@@ -428,8 +435,8 @@ def _check_bits(prepared: Prepared, index: int) -> None:
     try:
         chosen = resolve(prepared.model, scheme)
     except HfCompressError as error:
-        if any(isinstance(stage, FactorizeStage) for stage in recipe.stages[:index]):
-            return  # it renames layers, so that patterns may match none yet
+        if _has_new_modules(recipe, index):
+            return  # patterns may match what is not there yet
         raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
     parts = [f"weights of {len(chosen.layers or ())} layers in {scheme.weights} bits"] if scheme.weights else []
     parts += [f"{scheme.activation_scheme} activations in {scheme.activations} bits"] if scheme.activations else []
@@ -447,9 +454,17 @@ def _check_teacher(prepared: Prepared, index: int) -> None:
             place = teacher_name(recipe, index)
             _check_same_images(prepared, place)
             teacher = place
+        if _has_new_modules(recipe, index):
+            stage = stage.model_copy(update={"features": None})  # they may name what is not there yet
         stage.wrap(copy.deepcopy(prepared.model), teacher, prepared.example_inputs)
     except HfCompressError as error:
         raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+
+
+def _has_new_modules(recipe: Recipe, index: int) -> bool:
+    """Whether an earlier stage puts other modules into the model, under names that are not known yet."""
+    keeps_names = (PruneStage, QuantizeStage)
+    return any(isinstance(s, Compression) and not isinstance(s, keeps_names) for s in recipe.stages[:index])
 
 
 def teacher_name(recipe: Recipe, index: int) -> str:
@@ -477,6 +492,46 @@ def _check_same_images(prepared: Prepared, teacher: str) -> None:
             )
 
 
+def _check_search(prepared: Prepared) -> None:
+    """See that there is an architecture to search, and that the network which it chooses could be built."""
+    recipe, model = prepared.recipe, prepared.model
+    for index, stage in enumerate(recipe.stages):
+        try:
+            if isinstance(stage, ArchitectureSearchStage):
+                from ..methods.architecture_search import architecture_of
+
+                architecture_of(model, stage.architecture)
+            elif isinstance(stage, DeriveStage):
+                derived = derive_by(stage, model)
+                prepared.goals[index] = f"{type(derived).__name__}, with cells that the search chooses"
+        except HfCompressError as error:
+            raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+
+
+def derive_by(stage: DeriveStage, model: Any) -> Any:
+    """The network that a searched model chooses now.
+
+    Raises:
+        ModelError: when it is no supernet, or the stage's configuration is impossible.
+    """
+    if not callable(getattr(model, "derive", None)):
+        raise ModelError(
+            f"{type(model).__name__} has no method derive(), which makes the network that was searched. Search a supernet, "
+            "for example model.config.model_type: darts_supernet."
+        )
+    try:
+        derived = model.derive(**stage.config)
+        known = [name for name in dir(type(derived.config)()) if not name.startswith("_")]
+        for name in stage.config:
+            if name not in [*known, "num_labels"]:
+                raise ModelError(f"{type(derived.config).__name__} has no {name!r}.{closest(name, known)}")
+        return derived
+    except HfCompressError:
+        raise
+    except Exception as error:  # strict configurations raise errors of their own
+        raise ModelError(f"no network can be derived with {stage.config}: {_first_line(error)}") from error
+
+
 def _check_budgets(prepared: Prepared) -> None:
     """See that every prune stage has something to remove and that its budget is within reach."""
     recipe, axes, model = prepared.recipe, prepared.axes, prepared.model
@@ -487,11 +542,14 @@ def _check_budgets(prepared: Prepared) -> None:
         here = recipe.where("stages", index)
         try:
             if isinstance(stage, Method):
-                found[index] = _method_scores(prepared, index)
+                found[index] = _method_scores(prepared, index, model)
             elif isinstance(stage, TrainedRankPruningStage):
                 method_callback(recipe, index).target_names(model)  # refuses patterns that match nothing
             elif isinstance(stage, FactorizeStage):
-                prepared.goals[index] = _try_to_factorize(stage, prepared)
+                prepared.goals[index] = _try_to_factorize(stage, prepared, model)
+            elif isinstance(stage, ReplaceAttentionStage):
+                prepared.goals[index], model = _try_to_replace(stage, prepared, model)
+                axes, table = find_axes(model, prepared.example_inputs), None  # what later stages act on
             elif isinstance(stage, PruneStage):
                 from .stages import choose
 
@@ -503,17 +561,31 @@ def _check_budgets(prepared: Prepared) -> None:
                     continue
                 if stage.latency is not None and table is None:
                     table = LatencyTable.for_model(model, axes, prepared.example_inputs)
-                plan = choose(stage, axes, scores, dense=axes, latency_table=table)
+                plan = choose(stage, axes, scores, dense=prepared.axes or axes, latency_table=table)
                 prepared.goals[index] = _goal(stage, axes, plan, table)
         except HfCompressError as error:
             raise type(error)(f"{here}: {error}") from error
 
 
-def _try_to_factorize(stage: FactorizeStage, prepared: Prepared) -> str:
+def _try_to_replace(
+    stage: ReplaceAttentionStage, prepared: Prepared, model: PreTrainedModel
+) -> tuple[str, PreTrainedModel]:
+    """What a stage that replaces attention aims at, and a copy of the model with filters that were not matched."""
+    from ..surgery import find_attention, replacement_report
+    from .stages import replace_by
+
+    blocks = len(find_attention(model, prepared.example_inputs))
+    trial = copy.deepcopy(model)
+    replace_by(stage, prepared, trial, images=2)
+    count = len(replacement_report(trial).replaced)
+    return f"filters in place of {count} of {blocks} attention blocks", trial
+
+
+def _try_to_factorize(stage: FactorizeStage, prepared: Prepared, model: PreTrainedModel) -> str:
     """What a factorize stage aims at; the layers and the budget are tried on a copy."""
     from .stages import factorize_by
 
-    trial = copy.deepcopy(prepared.model)
+    trial = copy.deepcopy(model)
     if stage.macs is None and stage.params is None:
         try:
             factorize_by(stage, prepared, trial)
@@ -525,11 +597,11 @@ def _try_to_factorize(stage: FactorizeStage, prepared: Prepared) -> str:
     return f"to about {macs:,} MACs and {params:,} parameters"
 
 
-def _method_scores(prepared: Prepared, index: int) -> Mapping[str, Tensor]:
-    scores = method_callback(prepared.recipe, index, prepared.example_inputs).first_scores(prepared.model)
+def _method_scores(prepared: Prepared, index: int, model: PreTrainedModel) -> Mapping[str, Tensor]:
+    scores = method_callback(prepared.recipe, index, prepared.example_inputs).first_scores(model)
     if not scores:
         raise NothingToShrinkError(
-            f"{type(prepared.model).__name__} has no axis with a learned scale (BatchNorm or layer scale), which "
+            f"{type(model).__name__} has no axis with a learned scale (BatchNorm or layer scale), which "
             "slimming needs. Prune by weight magnitudes instead: a prune stage without a slimming stage."
         )
     return scores

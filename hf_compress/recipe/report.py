@@ -13,9 +13,17 @@ from torch import Tensor
 
 from ..surgery import Plan
 from .folder import RunFolder, write_json
-from .preparation import Prepared
+from .preparation import Prepared, method_callback
 from .reload import reload_difference
-from .schema import MODEL_STAGES, DistillStage, Method, PushStage, ReportStage
+from .schema import (
+    MODEL_STAGES,
+    ArchitectureSearchStage,
+    DistillStage,
+    Method,
+    PushStage,
+    ReportStage,
+    SparseGroupStage,
+)
 from .stages import OUTPUTS_FILE, load_model, teacher_of, test_pixels, unpruned_stages
 
 _INT8_IMAGES = 1000
@@ -85,7 +93,9 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
         metrics["int8"] = int8
     write_json(made / "metrics.json", metrics)
     pictures = draw(prepared, folder, index, metrics, made) | prepared.task.draw(prepared, models, made)
-    write_readme(prepared, stage, metrics, pictures, made, describe_machine())
+    pictures |= _draw_filters(prepared, models["compressed"], made)
+    architecture = type(models["compressed"]).__name__.removesuffix(prepared.task.auto or "ForRegression")
+    write_readme(prepared, stage, metrics, pictures, made, describe_machine(), architecture)
     return {"stage": "report", "dense": chosen, "metrics": metrics}
 
 
@@ -128,6 +138,7 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
     """
     from ..measurement import TradeoffPoint, plot_sparsity, plot_tradeoff, plot_widths
     from ..measurement.plots import plot_dimensions
+    from ..measurement.plots_sparse_group import plot_group_norms
     from ..methods.dimension_kinds import kind_of
 
     task, figure = prepared.task, prepared.task.figures[0]
@@ -154,6 +165,7 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
             points.append(TradeoffPoint("pruned", (folder.done(last) or {})["macs"], pruned))
     pictures |= _draw_distillation(prepared, folder, index, made)
     pictures |= _draw_ranks([folder.stage(n) for n, other in enumerate(stages, 1) if other.stage == "factorize"], made)
+    pictures |= _draw_cells(folder.model(index), made)
     points.append(TradeoffPoint("compressed", metrics["compressed"]["macs"], metrics["compressed"][figure]))
     plot_tradeoff(made / "tradeoff.png", points, measure=task.measured)
     pictures["tradeoff.png"] = f"{task.measured.capitalize()} on the test images against multiply-accumulates."
@@ -161,9 +173,21 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
         history = folder.stage(number) / "history.json"
         if isinstance(stage, Method):
             entries = json.loads(history.read_text(encoding="utf-8"))
-            if any("sparsity" in entry for entry in entries):
+            if sum("sparsity" in entry for entry in entries) > 1:  # one point is no curve
                 plot_sparsity(made / "sparsity.png", entries)
                 pictures["sparsity.png"] = "Share of scales close to zero while training."
+        if isinstance(stage, SparseGroupStage):
+            norms = [
+                method_callback(prepared.recipe, number - 1, prepared.example_inputs).group_norms(
+                    load_model(prepared, folder.model(n))
+                )
+                for n in (number - 1, number)
+            ]
+            plot_group_norms(made / "group_norms.png", *norms)
+            pictures["group_norms.png"] = "Size of the groups of weights before and after training with sparse groups."
+        if isinstance(stage, ArchitectureSearchStage):
+            entries = json.loads(history.read_text(encoding="utf-8"))
+            pictures |= _draw_search(load_model(prepared, folder.model(number)), entries, made)
     return pictures
 
 
@@ -196,6 +220,58 @@ def _draw_distillation(prepared: Prepared, folder: RunFolder, index: int, made: 
     return pictures
 
 
+def _draw_search(supernet: Any, history: list[dict[str, Any]], made: Path) -> dict[str, str]:
+    """How the architecture came about; nothing where its matrices are no lists of one set of operators."""
+    from ..measurement.plots_search import plot_architecture
+    from ..models.darts.genotype_darts import choose, edges_of
+
+    matrices = [entry["architecture"] for entry in history if entry.get("architecture")]
+    if not matrices or any(not isinstance(row, list) for rows in matrices[0].values() for row in rows):
+        return {}
+    config = supernet.config
+    if supernet.config.model_type != "darts_supernet":
+        plot_architecture(made / "architecture.png", history)
+    else:
+        edges = edges_of(config.nodes)
+
+        def kept(weights: list[list[float]]) -> list[int]:
+            cell = choose(weights, config.nodes, config.operators, config.edges_per_node)
+            return [edges.index((source, target)) for target, node in enumerate(cell) for _, source in node]
+
+        nodes = ["k-2", "k-1", *map(str, range(config.nodes))]
+        names = [f"{nodes[source]} \N{RIGHTWARDS ARROW} {target}" for source, target in edges]
+        plot_architecture(made / "architecture.png", history, config.operators, names, kept)
+    return {
+        "architecture.png": "The operator that leads on every edge while searching; pale where the edge is left out."
+    }
+
+
+def _draw_filters(prepared: Prepared, model: Any, made: Path) -> dict[str, str]:
+    """A picture of AFIDAF's masks for a test image, where a model has Fourier filters."""
+    from ..measurement.plots_afidaf import plot_fourier_masks
+    from ..models.afidaf.filters_afidaf import AfidafFourierFilter
+
+    if not any(isinstance(module, AfidafFourierFilter) for module in model.modules()):
+        return {}
+    (image,) = prepared.data.test.read([0])
+    plot_fourier_masks(made / "filters.png", model, test_pixels(prepared)[:1], image)
+    return {
+        "filters.png": "A test image, what the first Fourier filter lets through of it in four channels (low frequencies in "
+        "the middle), and the kernels that this is a convolution with."
+    }
+
+
+def _draw_cells(model: Path, made: Path) -> dict[str, str]:
+    """A picture of the cells of the checkpoint in ``model``; none when its configuration has no genotype."""
+    from ..measurement.plots_cells import plot_cells
+
+    genotype = json.loads((model / "config.json").read_text(encoding="utf-8")).get("genotype")
+    if genotype is None:
+        return {}
+    plot_cells(made / "cells.png", genotype)
+    return {"cells.png": "Operators of the cells: an arc for every edge, from the inputs (k-2, k-1) to the nodes."}
+
+
 def _draw_ranks(folders: list[Path], made: Path) -> dict[str, str]:
     """Pictures of what the factorize stages in ``folders`` did; none without such a stage."""
     from ..measurement.plots_low_rank import plot_ranks, plot_spectra
@@ -219,7 +295,13 @@ def _draw_ranks(folders: list[Path], made: Path) -> dict[str, str]:
 
 
 def write_readme(
-    prepared: Prepared, stage: ReportStage, metrics: dict[str, Any], pictures: dict[str, str], made: Path, machine: str
+    prepared: Prepared,
+    stage: ReportStage,
+    metrics: dict[str, Any],
+    pictures: dict[str, str],
+    made: Path,
+    machine: str,
+    architecture: str,
 ) -> None:
     """The model card."""
     from ..hub.card import CardContent, write_card
@@ -242,7 +324,8 @@ def write_readme(
             dataset_split=recipe.data.test_split or "test",
             dataset_is_on_hub=is_on_hub,
             description=recipe.description,
-            architecture=type(prepared.model).__name__.removesuffix(prepared.task.auto or "ForRegression"),
+            architecture=architecture,
+            reference="supernet" if any(other.stage == "derive" for other in recipe.stages) else "dense model",
             stages=[other.stage for other in recipe.stages if other.stage in MODEL_STAGES],
             base_model=base if base is not None and local_folder(recipe, base) is None else None,
             reload_max_abs_diff=metrics["reload_max_abs_diff"],

@@ -24,6 +24,7 @@ from .source import Source, closest, dotted, read_source
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
 
 # Settings of TrainingArguments that a recipe says elsewhere, or that the runner needs for itself.
 _RESERVED = {
@@ -74,7 +75,8 @@ class ModelSection(Section):
 
 
 class ScenesSection(Section):
-    """Scenes composed from real images, for detection without a download; see :class:`hf_compress.data.Scenes`.
+    """Scenes composed from real images, for detection and segmentation without a download; see
+    :class:`hf_compress.data.Scenes`.
 
     Attributes:
         source: where the items come from: ``digits``, or an image classification data set (a folder or a Hub id).
@@ -129,12 +131,16 @@ class DataSection(Section):
     """Which images to train and test on.
 
     Attributes:
-        name: ``digits`` (in scikit-learn, no download) or, for detection, ``scenes``; a Hub id; a local folder for
-            ``datasets.load_dataset``, or one with annotation files in COCO's format.
+        name: ``digits`` (in scikit-learn, no download) or, for detection and segmentation, ``scenes``; a Hub id; a local folder
+            for ``datasets.load_dataset``, or one with annotation files in COCO's format.
         subset: the data set's configuration name, where it has several.
         image_column, label_column: found by their type when not given.
         objects_column: of detection: boxes and classes of each image; found when not given.
         box_format: of the boxes in that column: ``xywh`` as in COCO (left, top, width, height) or ``xyxy`` (corners).
+        mask_column: of segmentation: pictures with the class of every pixel; found by its name when not given.
+        class_names: of segmentation: the classes in the order of their numbers; numbers, up to the highest in the training
+            masks, when not given.
+        ignore_label: of segmentation: value of a mask's pixels that have no label.
         scenes: what ``name: scenes`` composes.
         eyes: what ``name: rendered_eyes`` renders, for eye openness.
         train_split, validation_split, test_split: names of splits; found when not given.
@@ -144,7 +150,7 @@ class DataSection(Section):
         train_limit, validation_limit, test_limit: use so many images (chosen by ``split_seed``) at most.
         image_size: height and width in pixels that images are resized to; that of the model, or of the data, if not given.
         image_mean, image_std: per channel, of values in [0, 1].
-        crop_padding: training images are shifted by up to so many pixels (zero padding, random crop); not for detection.
+        crop_padding: training images are shifted by up to so many pixels (zero padding, random crop); for classification.
         horizontal_flip: half of the training images are mirrored.
     """
 
@@ -154,6 +160,9 @@ class DataSection(Section):
     label_column: str | None = None
     objects_column: str | None = None
     box_format: Literal["xywh", "xyxy"] = "xywh"
+    mask_column: str | None = None
+    class_names: Annotated[list[str], Field(min_length=2, max_length=255)] | None = None
+    ignore_label: Annotated[int, Field(ge=0, le=65535)] = 255
     scenes: ScenesSection | None = None
     eyes: EyesSection | None = None
     train_split: str | None = None
@@ -205,11 +214,25 @@ class Training(Section):
         """
         return None
 
+    def images(self, available: int) -> int:
+        """How many of the training images one epoch goes through."""
+        return available
+
 
 class TrainStage(Training):
-    """Ordinary training."""
+    """Ordinary training.
+
+    Attributes:
+        drop_path_schedule: raise the rates of the model's drop paths linearly from 0, as DARTS does.
+    """
 
     stage: Literal["train"]
+    drop_path_schedule: bool = False
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.DropPathScheduleCallback() if self.drop_path_schedule else None
 
 
 class FinetuneStage(Training):
@@ -337,6 +360,106 @@ class DimensionSearchStage(Method):
             inexact=self.inexact,
             min_keep=self.min_keep,
             lr_factor=self.lr_factor,
+            example_inputs=example_inputs,
+        )
+
+
+class Halves(Training):
+    """What both searches that split the training images into two halves may say.
+
+    Attributes:
+        method: ``rarts``, ``darts`` or ``darts-second-order``.
+        split: share of the training images in the training half.
+        training_weight: lambda of RARTS, or first and last of a schedule.
+        coupling: beta of RARTS; likewise.
+        passes: ``shared`` (two passes in a step) or ``fresh`` (four), of RARTS.
+        architecture_lr: learning rate of the architecture variables.
+        warmup: steps before they move; below 1, a share of all steps.
+    """
+
+    method: Literal["rarts", "darts", "darts-second-order"] = "rarts"
+    split: Share = 0.5
+    training_weight: PositiveNumber | tuple[PositiveNumber, PositiveNumber] = 1.0
+    coupling: PositiveNumber | tuple[PositiveNumber, PositiveNumber] = 1.0
+    passes: Literal["shared", "fresh"] = "shared"
+    architecture_lr: PositiveNumber = 3e-4
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+
+    def images(self, available: int) -> int:
+        from ..methods.data_halves import half_sizes
+
+        return half_sizes(available, self.split)[0]
+
+
+class ArchitectureSearchStage(Halves):
+    """Training of a supernet that searches its architecture; a ``derive`` stage behind it makes the discrete network (see
+    ``ArchitectureSearchCallback``).
+
+    Attributes:
+        architecture: glob pattern or patterns of the architecture parameters' names; those that the model names when not
+            given.
+        architecture_weight_decay: of the architecture variables.
+    """
+
+    stage: Literal["architecture_search"]
+    architecture: str | list[str] | None = None
+    architecture_weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.ArchitectureSearchCallback(
+            self.method,
+            split=self.split,
+            training_weight=self.training_weight,
+            coupling=self.coupling,
+            passes=self.passes,
+            architecture=self.architecture,
+            architecture_lr=self.architecture_lr,
+            architecture_weight_decay=self.architecture_weight_decay,
+            warmup=self.warmup,
+        )
+
+
+class WidthSearchStage(Halves, Method):
+    """Training that searches widths with the solver of the architecture search (see ``WidthSearchCallback``).
+
+    Attributes:
+        strength: weight of the penalty, or kind -> weight.
+        target: as in ``dimension_search``.
+        penalty, parameters, kinds, inexact, min_keep: likewise; without kinds, all axes whose removal is exact.
+    """
+
+    decides: ClassVar[str] = "what the target of the search names goes"
+
+    stage: Literal["width_search"]
+    strength: float | dict[str, float] = 1.0
+    target: float | dict[str, float] | None = None
+    penalty: str = "l1"
+    parameters: dict[str, float] = Field(default_factory=dict)
+    kinds: list[str] | None = None
+    inexact: bool = False
+    min_keep: Positive | dict[str, Positive] | None = None
+    architecture_lr: PositiveNumber = 0.01
+    warmup: Annotated[float, Field(ge=0)] = 0.1
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.WidthSearchCallback(
+            self.strength,
+            self.target,
+            self.method,
+            split=self.split,
+            training_weight=self.training_weight,
+            coupling=self.coupling,
+            passes=self.passes,
+            architecture_lr=self.architecture_lr,
+            warmup=self.warmup,
+            penalty=methods.penalty_from(self.penalty, **self.parameters),
+            kinds=self.kinds,
+            inexact=self.inexact,
+            min_keep=self.min_keep,
             example_inputs=example_inputs,
         )
 
@@ -555,6 +678,18 @@ class DistillStage(Training):
         return methods.FeatureAffinityDistillation(student, teacher, example_inputs=example_inputs, **settings)
 
 
+class DeriveStage(Compression):
+    """Make the network that an architecture search has chosen, with new weights.
+
+    Attributes:
+        config: fields of the new network's configuration that differ from the supernet's, for example
+            ``{num_cells: 20, width: 36}``.
+    """
+
+    stage: Literal["derive"]
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
 class FactorizeStage(Compression):
     """Replace layers by two factors of low rank (see :func:`hf_compress.factorize`).
 
@@ -580,6 +715,41 @@ class FactorizeStage(Compression):
             raise ValueError("give `macs` or `params`, not both")
         if self.energy is None and self.macs is None and self.params is None:
             raise ValueError("give `macs` or `params` (a budget), or `energy` (the most that a layer may lose)")
+        return self
+
+
+class ReplaceAttentionStage(Compression):
+    """Put AFIDAF's filters in place of attention (see :func:`hf_compress.replace_attention`); finetune afterwards.
+
+    Attributes:
+        layers: ``all``, ``auto``, or glob patterns of modules that are or hold attention blocks.
+        filter: ``afidaf``, or one of its two filters alone: ``fourier`` or ``image``.
+        count, macs, latency: budget, with ``layers: auto``: a number of blocks; multiply-accumulates, as a share of the dense
+            model (up to 1) or a number; time for one image on this machine, as a share of the model that enters the stage
+            (up to 1) or in milliseconds.
+        calibration_images: so many training images to match the filters on, and to measure the loss on with ``auto``.
+        match_steps: steps of matching the filters to the attention, on 32 images each.
+        learning_rate: of matching.
+    """
+
+    stage: Literal["replace_attention"]
+    layers: str | Annotated[list[str], Field(min_length=1)] = "all"
+    filter: Literal["afidaf", "fourier", "image"] = "afidaf"
+    count: Positive | None = None
+    macs: Annotated[float, Field(gt=0)] | None = None
+    latency: Annotated[float, Field(gt=0)] | None = None
+    calibration_images: Positive = 512
+    match_steps: Annotated[int, Field(ge=0)] = 200
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> ReplaceAttentionStage:
+        given = [name for name in ("count", "macs", "latency") if getattr(self, name) is not None]
+        if self.layers == "auto" and len(given) != 1:
+            found = f"found {' and '.join(given)}" if given else "found none"
+            raise ValueError(f"`layers: auto` needs exactly one of `count`, `macs` and `latency`; {found}")
+        if self.layers != "auto" and given:
+            raise ValueError(f"`{given[0]}` chooses layers, so it needs `layers: auto`")
         return self
 
 
@@ -675,10 +845,14 @@ Stage = Annotated[
     | NetworkSlimmingStage
     | ProximalSlimmingStage
     | DimensionSearchStage
+    | ArchitectureSearchStage
+    | WidthSearchStage
     | SparseGroupStage
     | TrainedRankPruningStage
     | DistillStage
+    | DeriveStage
     | FactorizeStage
+    | ReplaceAttentionStage
     | PruneStage
     | QuantizeStage
     | ExportStage
@@ -691,9 +865,13 @@ STAGES: dict[str, type[Section]] = {
     "network_slimming": NetworkSlimmingStage,
     "proximal_slimming": ProximalSlimmingStage,
     "dimension_search": DimensionSearchStage,
+    "architecture_search": ArchitectureSearchStage,
+    "width_search": WidthSearchStage,
     "sparse_group": SparseGroupStage,
     "trained_rank_pruning": TrainedRankPruningStage,
+    "derive": DeriveStage,
     "factorize": FactorizeStage,
+    "replace_attention": ReplaceAttentionStage,
     "prune": PruneStage,
     "finetune": FinetuneStage,
     "distill": DistillStage,
@@ -711,7 +889,8 @@ class Recipe(Section):
 
     Attributes:
         name: of the run; the default output is ``runs/<name>``.
-        task: what the model does: ``image-classification``, ``object-detection`` or ``eye-openness``.
+        task: what the model does: ``image-classification``, ``object-detection``, ``image-segmentation`` (semantic) or
+            ``eye-openness``.
         description: a sentence or two for the model card.
         seed: of weights, data order and augmentation.
         output: folder of the result, relative to the working directory.
@@ -720,7 +899,9 @@ class Recipe(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    task: Literal["image-classification", "object-detection", "eye-openness"] = "image-classification"
+    task: Literal["image-classification", "object-detection", "image-segmentation", "eye-openness"] = (
+        "image-classification"
+    )
     description: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output: str | None = None
@@ -773,7 +954,8 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
     except ValidationError as error:
         raise RecipeError("\n".join(_message(source, detail) for detail in error.errors())) from None
     loaded._source = source
-    problems = [*_task_problems(loaded), *_training_problems(loaded), *_order_problems(loaded)]
+    checks = (_task_problems, _stage_problems, _training_problems, _order_problems)
+    problems = [problem for check in checks for problem in check(loaded)]
     if problems:
         raise RecipeError("\n".join(problems))
     return loaded
@@ -888,25 +1070,36 @@ def _data_problems(recipe: Recipe) -> list[str]:
         return [
             f"{recipe.where('data', field)}: rendered eyes are for the task eye-openness; the recipe's is {recipe.task}."
         ]
-    is_detection = recipe.task == "object-detection"
-    other = "image-classification" if is_detection else "object-detection"
-    reasons = (
-        {
+    of_detection = dict.fromkeys(("objects_column", "box_format"), "there are no boxes")
+    of_segmentation = dict.fromkeys(("mask_column", "class_names", "ignore_label"), "there are no masks")
+    reasons = {
+        "image-classification": {
+            **dict.fromkeys((*of_detection, "scenes"), "images of this task have one label and no boxes"),
+            **of_segmentation,
+        },
+        "object-detection": {
             "crop_padding": "it would move objects out of the image",
             "label_column": "boxes and classes are in objects_column",
-        }
-        if is_detection
-        else dict.fromkeys(
-            ("objects_column", "box_format", "scenes"), "images of this task have one label and no boxes"
-        )
-    )
+            **of_segmentation,
+        },
+        "image-segmentation": {
+            "crop_padding": "images and masks are resized together and not shifted",
+            "label_column": "classes are in mask_column",
+            **of_detection,
+        },
+    }[recipe.task]
     problems = {f: f"is not for {recipe.task}: {reason}. Leave it out." for f, reason in reasons.items() if f in given}
-    if name == ("digits" if is_detection else "scenes"):
+    is_classification = recipe.task == "image-classification"
+    if name == ("scenes" if is_classification else "digits"):
+        others = "object-detection and image-segmentation" if is_classification else "image-classification"
         problems["name"] = (
-            f"{name!r} is for {other}; the recipe's task is {recipe.task}. Set task, or choose other data."
+            f"{name!r} is for {others}; the recipe's task is {recipe.task}. Set task, or choose other data."
         )
-    elif is_detection and name != "scenes" and "scenes" in given:
+    elif not is_classification and name != "scenes" and "scenes" in given:
         problems["scenes"] = "says what `name: scenes` composes, and other data are named. Leave one of the two out."
+    elif recipe.task == "image-segmentation" and name == "scenes":
+        known = "scenes know their own classes and masks. Leave it out."
+        problems |= {field: f"is not for scenes: {known}" for field in of_segmentation if field in given}
     return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
 
 
@@ -928,6 +1121,22 @@ def _eye_problems(recipe: Recipe) -> list[str]:
     return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
 
 
+def _stage_problems(recipe: Recipe) -> list[str]:
+    """Stages, and fields of stages, that the recipe's task does not have."""
+    if recipe.task == "image-classification":
+        return []
+    found = []
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, DistillStage):
+            where, what = recipe.where("stages", index), "distill compares classifiers"
+        elif isinstance(stage, ExportStage) and stage.int8:
+            where, what = recipe.where("stages", index, "int8"), "it is for classifiers"
+        else:
+            continue
+        found.append(f"{where}: {what}; the recipe's task is {recipe.task}.")
+    return found
+
+
 def _order_problems(recipe: Recipe) -> list[str]:
     """Stages that come in an order that cannot work."""
     problems = []
@@ -945,6 +1154,19 @@ def _order_problems(recipe: Recipe) -> list[str]:
             problems.append(f"{here}: a recipe has one {stage.stage} stage.")
         if stage.stage == "export" and "report" in before:
             problems.append(f"{here}: report measures the exported file, so export comes before report.")
+        if isinstance(stage, DeriveStage) and "architecture_search" not in before:
+            problems.append(f"{here}: derive needs an architecture_search stage before it, which chooses the network.")
+        if "derive" in before and isinstance(stage, (Compression, Method, ArchitectureSearchStage)):
+            problems.append(
+                f"{here}: {stage.stage} would work on a network that is not known before derive has run. Run it in another "
+                "recipe, with `model.pretrained` the result of this one."
+            )
+        smaller = next((name for name in before if name in ("prune", "factorize")), None)
+        if isinstance(stage, ReplaceAttentionStage) and smaller:
+            problems.append(
+                f"{here}: filters take the place of whole attention blocks, and {smaller} leaves parts of them. Move "
+                f"replace_attention before {smaller}; what stands there then can be pruned and factorised."
+            )
         if isinstance(stage, PruneStage) and stage.support and scoring_stage(recipe, index) is None:
             deciding = " or ".join(n for n, kind in STAGES.items() if issubclass(kind, Method) and kind.decides)
             problems.append(

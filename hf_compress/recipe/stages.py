@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,22 @@ from torch import Tensor
 from ..axes import AxisGraph, find_axes
 from ..errors import HfCompressError
 from ..measurement.latency_table import LatencyTable
-from ..surgery import Plan, factorize, factorize_report, magnitude_scores, select, shrink
+from ..surgery import (
+    Plan,
+    factorize,
+    factorize_report,
+    magnitude_scores,
+    replace_attention,
+    replacement_report,
+    select,
+    shrink,
+)
 from .folder import RunFolder, write_json
 from .preparation import Prepared, teacher_name
 from .schema import (
     MODEL_STAGES,
+    Compression,
+    DeriveStage,
     DistillStage,
     ExportStage,
     FactorizeStage,
@@ -27,6 +39,7 @@ from .schema import (
     PruneStage,
     PushStage,
     QuantizeStage,
+    ReplaceAttentionStage,
     Training,
     compresses,
     scoring_stage,
@@ -71,12 +84,8 @@ def run_stage(prepared: Prepared, folder: RunFolder, number: int) -> dict[str, A
     partial = folder.begin(number, keep=isinstance(stage, Training))
     if isinstance(stage, Training):
         return _train(prepared, folder, index, partial)
-    if isinstance(stage, PruneStage):
-        return _prune(prepared, folder, index, partial)
-    if isinstance(stage, FactorizeStage):
-        return _factorize(prepared, folder, index, partial)
-    if isinstance(stage, QuantizeStage):
-        return _quantize(prepared, folder, index, partial)
+    if isinstance(stage, Compression):
+        return _COMPRESSIONS[type(stage)](prepared, folder, index, partial)
     if isinstance(stage, ExportStage):
         return _export(prepared, stage, folder.model(index), partial)
     if isinstance(stage, PushStage):
@@ -197,6 +206,30 @@ def _quantize(prepared: Prepared, folder: RunFolder, index: int, partial: Path) 
     return {"stage": "quantize", "bytes": stored_bytes(model), **found}
 
 
+def _derive(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
+    from transformers import set_seed
+
+    from ..measurement import count_macs
+    from .preparation import derive_by
+
+    recipe, stage = prepared.recipe, prepared.recipe.stages[index]
+    assert isinstance(stage, DeriveStage)
+    supernet = load_model(prepared, folder.model(index))
+    set_seed(recipe.seed + index)  # for new weights
+    try:
+        model = derive_by(stage, supernet)
+    except HfCompressError as error:
+        raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+    made = partial / "publish"
+    made.mkdir()
+    if callable(getattr(supernet, "genotype", None)):
+        write_json(made / "genotype.json", supernet.genotype())
+    macs, params = count_macs(model, prepared.example_inputs), sum(p.numel() for p in model.parameters())
+    found = validate(prepared, model)
+    save_result(prepared, model, partial)
+    return {"stage": "derive", "macs": macs, "params": params, **found}
+
+
 def factorize_by(stage: FactorizeStage, prepared: Prepared, model: Any) -> None:
     """Factorise a model as a stage says; shares are of the recipe's dense model.
 
@@ -216,6 +249,58 @@ def factorize_by(stage: FactorizeStage, prepared: Prepared, model: Any) -> None:
         batches=batches,
         example_inputs=prepared.example_inputs,
         **budget,
+    )
+
+
+def _replace_attention(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> dict[str, Any]:
+    recipe, stage = prepared.recipe, prepared.recipe.stages[index]
+    assert isinstance(stage, ReplaceAttentionStage)
+    model = load_model(prepared, folder.model(index)).to("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        replace_by(stage, prepared, model)
+    except HfCompressError as error:
+        raise type(error)(f"{recipe.where('stages', index)}: {error}") from error
+    report = replacement_report(model)
+    made = partial / "publish"
+    made.mkdir()
+    write_json(made / "attention.json", [_flat(asdict(row)) for row in report.rows])
+    model.to("cpu")
+    left = find_axes(model, prepared.example_inputs)
+    found = validate(prepared, model)
+    save_result(prepared, model, partial)
+    return {"stage": stage.stage, "replaced": len(report.replaced), "macs": left.macs, "params": left.params, **found}
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row.pop("block"), **row}
+
+
+def replace_by(stage: ReplaceAttentionStage, prepared: Prepared, model: Any, images: int | None = None) -> None:
+    """Replace attention as a stage says; a share of MACs is of the recipe's dense model.
+
+    Args:
+        images: so many for matching and measuring, without steps of matching; those of the stage when not given.
+
+    Raises:
+        HfCompressError: as :func:`hf_compress.replace_attention`.
+    """
+    assert prepared.axes is not None
+    split, size = prepared.split("train"), 32
+    count = min(stage.calibration_images if images is None else images, len(split))
+    batches = [split.__getitems__(range(i, min(i + size, count))) for i in range(0, count, size)]
+    device = next(model.parameters()).device
+    replace_attention(
+        model,
+        stage.layers,
+        stage.filter,
+        count=stage.count,
+        macs=stage.macs * prepared.axes.macs if stage.macs is not None and stage.macs <= 1 else stage.macs,
+        latency=stage.latency,
+        batches=batches,
+        match_steps=stage.match_steps if images is None else 0,
+        learning_rate=stage.learning_rate,
+        seed=prepared.recipe.seed,
+        example_inputs={name: value.to(device) for name, value in prepared.example_inputs.items()},
     )
 
 
@@ -302,6 +387,15 @@ def plan_from_support(
         )
         keep[name] = tuple(sorted(ranked[:count]))
     return Plan({name: kept for name, kept in keep.items() if len(kept) < axes[name].size}, axes)
+
+
+_COMPRESSIONS: dict[type[Compression], Callable[[Prepared, RunFolder, int, Path], dict[str, Any]]] = {
+    DeriveStage: _derive,
+    FactorizeStage: _factorize,
+    PruneStage: _prune,
+    QuantizeStage: _quantize,
+    ReplaceAttentionStage: _replace_attention,
+}
 
 
 def _export(prepared: Prepared, stage: ExportStage, source: Path, partial: Path) -> dict[str, Any]:

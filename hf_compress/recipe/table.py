@@ -9,12 +9,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-_SHARES = ("accuracy", "map", "map_50")
+_SHARES = ("accuracy", "map", "map_50", "mean_iou", "pixel_accuracy")
 _PLAIN = ("mae", "pearson", "auc")
 _ROWS = (
     ("accuracy", "accuracy (test images)"),
     ("map", "mAP (test images)"),
     ("map_50", "mAP at overlap 0.5"),
+    ("mean_iou", "mIoU (test images)"),
+    ("pixel_accuracy", "pixel accuracy"),
     ("mae", "mean absolute error"),
     ("pearson", "correlation (Pearson)"),
     ("auc", "open against closed (AUC)"),

@@ -236,6 +236,85 @@ class ObjectDetection(Task):
         }
 
 
+class SemanticSegmentation(Task):
+    """A class for every pixel; mean intersection over union, at the size that the model reads."""
+
+    name = "image-segmentation"
+    auto = "ForSemanticSegmentation"
+    figures = ("mean_iou", "pixel_accuracy")
+    measured = "mean intersection over union"
+    examples = "afidaf, segformer, beit, upernet, mobilenet_v2, mobilevit"
+    eval_batch_size = 16
+    check_images = 8
+    arguments: ClassVar[Mapping[str, Any]] = {"batch_eval_metrics": True}  # masks of all images would fill the memory
+
+    def model_types(self) -> Any:
+        from transformers import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
+
+        return MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
+
+    def load_data(self, recipe: Recipe) -> RawData[Any]:
+        from .segmentation_data import load_segmentation_data
+
+        return load_segmentation_data(recipe)
+
+    def split(self, raw: Any, processor: Any, data: RawData[Any]) -> Any:
+        from .segmentation_data import SegmentationSplit
+
+        return SegmentationSplit(raw, processor, len(data.label_names))
+
+    def training_split(self, recipe: Recipe, processor: Any, data: RawData[Any], seed: int) -> Any:
+        from .segmentation_data import SegmentationSplit
+
+        flip = recipe.data.horizontal_flip
+        return SegmentationSplit(data.train, processor, len(data.label_names), flip=flip, seed=seed)
+
+    def new_processor(self, model: Any, **settings: Any) -> Any:
+        from transformers import SegformerImageProcessor
+        from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+        kind = type(model.config)
+        classes: Any = IMAGE_PROCESSOR_MAPPING[kind] if kind in IMAGE_PROCESSOR_MAPPING else {}
+        found = classes.get("torchvision")
+        return (found if hasattr(found, "post_process_semantic_segmentation") else SegformerImageProcessor)(**settings)
+
+    def evaluation(self, processor: Any) -> dict[str, Any]:
+        from ..measurement.segmentation import SegmentationEvaluation
+
+        evaluation = SegmentationEvaluation()
+        return {"compute_metrics": evaluation, "preprocess_logits_for_metrics": evaluation.confusion}
+
+    def measure(self, model: Any, split: Any) -> dict[str, float]:
+        from ..measurement.segmentation import confusion_matrices, segmentation_figures
+
+        total: Any = 0
+        for batch, output in _answers(model, split, self.eval_batch_size):
+            total = total + confusion_matrices(output.logits.cpu(), batch["labels"]).sum(0)
+        return segmentation_figures(total)
+
+    def draw(self, prepared: Prepared, models: Mapping[str, Any], folder: Path) -> dict[str, str]:
+        from ..measurement.plots_segmentation import draw_masks
+        from ..measurement.segmentation import IGNORED
+
+        raw = prepared.data.test
+        places = range(min(_PICTURES, len(raw)))
+        images = raw.read(places)
+        labels = [np.array(mask, dtype=np.int64) for mask in raw.read_masks(places)]
+        masks: dict[str, list[Any]] = {"data": [np.where(mask == raw.ignored, IGNORED, mask) for mask in labels]}
+        for name, model in models.items():
+            masks[name] = []
+            for image in images:
+                pixels = prepared.processor(images=[image], return_tensors="pt")["pixel_values"]
+                with torch.no_grad():
+                    logits = model(pixel_values=pixels).logits
+                size = (image.height, image.width)
+                resized = torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+                masks[name].append(resized[0].argmax(0).numpy())
+        file = folder / "masks.png"
+        draw_masks(file, images, masks, prepared.data.label_names)
+        return {file.name: "The class of every pixel of test images: as labelled, and as the two models say."}
+
+
 class EyeOpenness(Task):
     """How far an eye is open, from exact labels of rendered eyes and weak labels of others."""
 
@@ -330,7 +409,9 @@ class EyeOpenness(Task):
 
 
 _DRAWN = 0.4  # lowest score of a detection that is drawn
-TASKS: dict[str, Task] = {task.name: task for task in (ImageClassification(), ObjectDetection(), EyeOpenness())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (ImageClassification(), ObjectDetection(), SemanticSegmentation(), EyeOpenness())
+}
 
 
 @torch.no_grad()

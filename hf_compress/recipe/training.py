@@ -87,7 +87,7 @@ class QuietBar(ProgressCallback):
         if self.training_bar is not None:
             shown = {
                 name: logs[name]
-                for name in ("loss", "eval_accuracy", "eval_map", "eval_mae", "sparsity")
+                for name in ("loss", "eval_accuracy", "eval_map", "eval_mean_iou", "eval_mae", "sparsity")
                 if name in logs
             }
             if "train_runtime" not in logs:
@@ -139,7 +139,7 @@ def train(
         trainer = StageTrainer(
             model=whole,
             args=arguments,
-            train_dataset=images,
+            train_dataset=callback.halve(images) if hasattr(callback, "halve") else images,
             eval_dataset=prepared.split("validation"),
             data_collator=as_batch,
             callbacks=[*prepared.task.callbacks(model), *callbacks],

@@ -4,6 +4,7 @@ from .blocks import Block, block_scores, find_blocks, remove_blocks, select_bloc
 from .factorize import FactorizeReport, factorize, factorize_report
 from .importance import importance, magnitude_scores
 from .plan import Plan
+from .replace import find_attention, match_blocks, replace_attention, replacement_report
 from .select import select
 from .shift import ShiftReport
 from .shrink import prune, shrink
@@ -19,12 +20,16 @@ __all__ = [
     "block_scores",
     "factorize",
     "factorize_report",
+    "find_attention",
     "find_blocks",
     "importance",
     "magnitude_scores",
+    "match_blocks",
     "prune",
     "record_of",
     "remove_blocks",
+    "replace_attention",
+    "replacement_report",
     "select",
     "select_blocks",
     "shrink",

@@ -1,12 +1,14 @@
 """The record: how a model differs from the one that its configuration class builds, as plain JSON.
 
-``{"version": 1, "shapes": {tensor: [int | null]}, "attributes": {module: {name: int | [ints]}}, "biases": [modules]}``
+``{"version": 1, "shapes": {tensor: "64x-"}, "attributes": {module: {name: int | [ints]}}, "biases": [modules]}``
 
 and, where whole blocks are gone, ``"version": 2`` and ``"removed": {list of modules: [positions]}``, and, where layers
-are in two factors, ``"version": 3`` and ``"factorized": {module: {"scheme": name, "rank": int}}``. ``removed`` speaks of the
-model as its configuration builds it, so that no entry depends on another; all other fields speak of the model after these
-removals, and so name modules as the checkpoint does. ``factorized`` speaks of layers in the size that the configuration
-builds; the three fields that follow speak of the model with its factors.
+are in two factors, ``"version": 3`` and ``"factorized": {module: {"scheme": name, "rank": int}}``, and, where filters
+stand in place of attention, ``"version": 4`` and ``"filtered": {module: {"filter": name, "grid": [int, int], "prefix":
+int}}``. ``removed`` speaks of the model as its configuration builds it, so that no entry depends on another; all other
+fields speak of the model after these removals, and so name modules as the checkpoint does. ``filtered`` speaks of
+attention in the size that the configuration builds, ``factorized`` of layers in that size, those of filters too; the
+three fields that follow speak of the model with its filters and factors.
 
 A record is read from checkpoints of unknown origin, so it is data and nothing else. Its strings are looked up among the
 tensors and modules that exist and in the closed vocabulary :data:`~hf_compress.axes.attributes.SIZE_ATTRIBUTES`; its
@@ -15,6 +17,7 @@ numbers may only make things smaller. All of it is checked before the first tens
 
 from __future__ import annotations
 
+import re
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,13 +32,17 @@ from hf_compress.errors import ModelError, RecordError
 
 from .decomposition import DECOMPOSABLE, SCHEMES, Scheme, can_decompose, full_rank
 from .factorized import factorized_shell
+from .filtered import FILTERS, LONGEST_SIDE, MOST_PREFIX_TOKENS, Filter, filtered_shell, is_attention
 
-RECORD_VERSION = 3  # 2 had no factors, 1 no removed blocks; records are written in the oldest that can say them
+RECORD_VERSION = (
+    4  # 3 had no filters, 2 no factors, 1 no removed blocks; records are written in the oldest that can say them
+)
 
 _FIELDS = {
     1: ("version", "shapes", "attributes", "biases"),
     2: ("version", "removed", "shapes", "attributes", "biases"),
     3: ("version", "removed", "factorized", "shapes", "attributes", "biases"),
+    4: ("version", "removed", "filtered", "factorized", "shapes", "attributes", "biases"),
 }
 _LONGEST_SHOWN = 60
 _MOST_ENTRIES = 100_000  # of one field; the largest models of transformers have a few thousand tensors
@@ -60,6 +67,8 @@ class Record:
         factorized: linear layers and convolutions that are in two factors -> scheme and rank (see
             :mod:`.decomposition`); of the layer as the configuration builds it. What has changed in size since is among
             the shapes, the rank too.
+        filtered: attention blocks in whose place filters stand -> filter, its map's height and width in tokens, and the
+            number of tokens before it (see :mod:`.filtered`).
     """
 
     shapes: Mapping[str, PartialShape] = field(default_factory=dict)
@@ -67,17 +76,18 @@ class Record:
     biases: tuple[str, ...] = ()
     removed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     factorized: Mapping[str, tuple[Scheme, int]] = field(default_factory=dict)
+    filtered: Mapping[str, tuple[Filter, tuple[int, int], int]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: object) -> Record:
         return self  # nothing in a record ever changes, and transformers copies configurations often
 
     def __bool__(self) -> bool:
-        return bool(self.shapes or self.attributes or self.biases or self.removed or self.factorized)
+        return bool(self.shapes or self.attributes or self.biases or self.removed or self.factorized or self.filtered)
 
     @property
     def version(self) -> int:
         """Of the format: the oldest that can say this."""
-        return 3 if self.factorized else 2 if self.removed else 1
+        return 4 if self.filtered else 3 if self.factorized else 2 if self.removed else 1
 
     def merge(self, later: Record) -> Record:
         """This record followed by a later one, which speaks of the model that this one gives."""
@@ -95,6 +105,7 @@ class Record:
                 _renumbered_keys(self.attributes, later.removed),
                 tuple(_renumbered_keys(dict.fromkeys(self.biases), later.removed)),
                 factorized=_renumbered_keys(self.factorized, later.removed),
+                filtered=_renumbered_keys(self.filtered, later.removed),
             )
         for path, (scheme, rank) in later.factorized.items():
             self = _in_factors(self, path, scheme, rank)
@@ -106,16 +117,18 @@ class Record:
             before = shapes.get(name, shape)
             shapes[name] = tuple(new if new is not None else old for new, old in zip(shape, before, strict=True))
         biases = tuple(sorted({*self.biases, *later.biases}))
-        return Record(shapes, attributes, biases, gone, {**self.factorized, **later.factorized})
+        factorized, filtered = {**self.factorized, **later.factorized}, {**self.filtered, **later.filtered}
+        return Record(shapes, attributes, biases, gone, factorized, filtered)
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON data."""
-        factorized = sorted(self.factorized.items())
+        filtered, factorized = sorted(self.filtered.items()), sorted(self.factorized.items())
         return {
             "version": self.version,
             **({"removed": {path: list(gone) for path, gone in self.removed.items()}} if self.removed else {}),
+            **({"filtered": {path: _filter_json(*how) for path, how in filtered}} if filtered else {}),
             **({"factorized": {path: _factors_json(*how) for path, how in factorized}} if factorized else {}),
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "shapes": {name: _shape_text(shape) for name, shape in self.shapes.items()},
             "attributes": {
                 module: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
                 for module, values in self.attributes.items()
@@ -146,11 +159,15 @@ class Record:
         _check_mapping("shapes", data.get("shapes", {}))
         for name, shape in data.get("shapes", {}).items():
             place = f"shapes[{_shown(name)}]"
-            if type(shape) is not list or not shape:
-                _refuse(place, shape, "must be a list of sizes")
-            if all(size is None for size in shape[:17]):
+            if type(shape) is str:
+                sizes = _sizes_of_text(place, shape)
+            elif type(shape) is list and shape:  # as early checkpoints have it
+                sizes = _sizes(place, shape, may_be_whole=True)
+            else:
+                _refuse(place, shape, "must be sizes with x between them, such as 64x-")
+            if all(size is None for size in sizes):
                 _refuse(place, "this field", "names no dimension that differs")
-            shapes[_name(place, name)] = _sizes(place, shape, may_be_whole=True)
+            shapes[_name(place, name)] = sizes
         attributes: dict[str, dict[str, int | Shape]] = {}
         _check_mapping("attributes", data.get("attributes", {}))
         for module, values in data.get("attributes", {}).items():
@@ -171,7 +188,7 @@ class Record:
         if len(set(names)) != len(names):
             _refuse("biases", "a name", "is listed twice")
         removed, factorized = _removed(data.get("removed", {})), _factorized(data.get("factorized", {}))
-        return cls(shapes, attributes, names, removed, factorized)
+        return cls(shapes, attributes, names, removed, factorized, _filtered(data.get("filtered", {})))
 
 
 # -- checks of single values --------------------------------------------------------------------------------------
@@ -221,6 +238,21 @@ def _sizes(place: str, value: list[Any], may_be_whole: bool = False) -> Any:
     )
 
 
+_SHAPE_TEXT = re.compile(r"(?:[1-9][0-9]{0,17}|-)(?:x(?:[1-9][0-9]{0,17}|-)){0,15}", re.ASCII)
+_LONGEST_SHAPE = 16 * 19
+
+
+def _shape_text(shape: PartialShape) -> str:
+    """``64x-x3x3``: one short string, since transformers parses, copies and logs a configuration several times a load."""
+    return "x".join("-" if size is None else str(size) for size in shape)
+
+
+def _sizes_of_text(place: str, text: str) -> PartialShape:
+    if len(text) > _LONGEST_SHAPE or _SHAPE_TEXT.fullmatch(text) is None:
+        _refuse(place, text, "must be 1 to 16 sizes with x between them, such as 64x-; - is a whole dimension")
+    return tuple(None if size == "-" else int(size) for size in text.split("x"))
+
+
 def _removed(value: Any) -> dict[str, tuple[int, ...]]:
     _check_mapping("removed", value)
     removed = {}
@@ -250,6 +282,26 @@ def _factorized(value: Any) -> dict[str, tuple[Scheme, int]]:
             _refuse(f"{place}['scheme']", scheme, f"must be one of {', '.join(SCHEMES)}")
         factorized[_name(place, path)] = (scheme, _size(f"{place}['rank']", how["rank"]))
     return factorized
+
+
+def _filtered(value: Any) -> dict[str, tuple[Filter, tuple[int, int], int]]:
+    _check_mapping("filtered", value)
+    filtered = {}
+    for path, how in value.items():
+        place = f"filtered[{_shown(path)}]"
+        _check_mapping(place, how)
+        if set(how) != {"filter", "grid", "prefix"}:
+            _refuse(place, "this field", "must have exactly the entries 'filter', 'grid' and 'prefix'")
+        kind, grid, prefix = how["filter"], how["grid"], how["prefix"]
+        if type(kind) is not str or kind not in FILTERS:
+            _refuse(f"{place}['filter']", kind, f"must be one of {', '.join(FILTERS)}")
+        is_pair = type(grid) is list and len(grid) == 2
+        if not is_pair or any(type(side) is not int or not 1 <= side <= LONGEST_SIDE for side in grid):
+            _refuse(f"{place}['grid']", grid, f"must be a height and a width from 1 to {LONGEST_SIDE} tokens")
+        if type(prefix) is not int or not 0 <= prefix <= MOST_PREFIX_TOKENS:
+            _refuse(f"{place}['prefix']", prefix, f"must be a number of tokens from 0 to {MOST_PREFIX_TOKENS}")
+        filtered[_name(place, path)] = (kind, (grid[0], grid[1]), prefix)
+    return filtered
 
 
 # -- removed entries ----------------------------------------------------------------------------------------------
@@ -312,7 +364,7 @@ def remove_entries(model: nn.Module, removed: Mapping[str, Sequence[int]]) -> Un
     Raises:
         RecordError: when it does not fit the model, which is then unchanged.
     """
-    modules = dict(model.named_modules(remove_duplicate=False)) if removed else {}
+    modules = modules_by_path(model) if removed else {}
     gone_from: dict[int, str] = {}
     for path, positions in removed.items():
         place = f"removed[{_shown(path)}]"
@@ -352,6 +404,10 @@ def _factors_json(scheme: Scheme, rank: int) -> dict[str, Any]:
     return {"scheme": scheme, "rank": rank}
 
 
+def _filter_json(kind: Filter, grid: tuple[int, int], prefix: int) -> dict[str, Any]:
+    return {"filter": kind, "grid": list(grid), "prefix": prefix}
+
+
 def _in_factors(record: Record, path: str, scheme: Scheme, rank: int) -> Record:
     """A record that names a layer, as one that names its factors instead."""
     shapes, attributes = dict(record.shapes), dict(record.attributes)
@@ -370,17 +426,15 @@ def _in_factors(record: Record, path: str, scheme: Scheme, rank: int) -> Record:
     counts = ((first, groups), (second, blocks))
     attributes.update({layer: {"groups": count} for layer, count in counts if isinstance(count, int)})
     biases = tuple(sorted(second if name == path else name for name in record.biases))
-    return Record(shapes, attributes, biases, record.removed, record.factorized)
+    return Record(shapes, attributes, biases, record.removed, record.factorized, record.filtered)
 
 
 def _apply_factors(
     model: nn.Module, factorized: Mapping[str, tuple[Scheme, int]]
 ) -> tuple[Undo, dict[str, torch.device]]:
     """Put layers in two factors, whose weights are on the meta device; returns where those belong."""
-    modules = dict(model.named_modules(remove_duplicate=False)) if factorized else {}
-    paths: dict[int, int] = {}
-    for module in modules.values():
-        paths[id(module)] = paths.get(id(module), 0) + 1
+    modules = modules_by_path(model) if factorized else {}
+    paths = _names_of(modules)
     holders: dict[str, nn.Module] = {}
     for path, (scheme, rank) in factorized.items():
         place = f"factorized[{_shown(path)}]"
@@ -408,6 +462,42 @@ def _apply_factors(
         devices[path] = weight.device
         for factor in (shell.first, shell.second):
             factor.weight.requires_grad_(weight.requires_grad)
+    return undo, devices
+
+
+def _names_of(modules: Mapping[str, nn.Module]) -> dict[int, int]:
+    """Under how many names every module is reached, by its id."""
+    paths: dict[int, int] = {}
+    for module in modules.values():
+        paths[id(module)] = paths.get(id(module), 0) + 1
+    return paths
+
+
+# -- filters in place of attention --------------------------------------------------------------------------------
+
+
+def _apply_filters(
+    model: nn.Module, filtered: Mapping[str, tuple[Filter, tuple[int, int], int]]
+) -> tuple[Undo, dict[str, torch.device]]:
+    """Put filters in place of attention, with weights on the meta device; returns where those belong."""
+    modules = modules_by_path(model) if filtered else {}
+    paths = _names_of(modules)
+    for path in filtered:
+        place = f"filtered[{_shown(path)}]"
+        block = modules.get(path)
+        if not path or not is_attention(block):
+            _refuse(place, "a name", "of no plain attention block of this architecture")
+        if paths[id(block)] > 1 or paths[id(modules[path.rpartition(".")[0]])] > 1:
+            _refuse(place, "a name", "of a block that is reached under another name as well")
+        if any(other != path and other.startswith(f"{path}.") for other in filtered):
+            _refuse(place, "a name", "of a block that holds another one of this list")
+    undo: Undo = []
+    devices = {}
+    for path, how in filtered.items():
+        holder, block = modules[path.rpartition(".")[0]], modules[path]
+        undo.append((holder, dict(holder._modules)))
+        holder._modules[path.rpartition(".")[2]] = filtered_shell(block, *how)
+        devices[path] = next(block.parameters()).device
     return undo, devices
 
 
@@ -487,9 +577,26 @@ def child_name(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module under every name that it has, as ``named_modules(remove_duplicate=False)`` gives them.
+
+    In a third of its time, which is what loading a small checkpoint is made of.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def collect(path: str, prefix: str, module: nn.Module) -> None:
+        found[path] = module
+        for name, child in module._modules.items():
+            if child is not None:
+                collect(prefix + name, f"{prefix}{name}.", child)
+
+    collect("", "", model)
+    return found
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer under every name that it has."""
-    return _tensors_of(dict(model.named_modules(remove_duplicate=False)))
+    return _tensors_of(modules_by_path(model))
 
 
 def _tensors_of(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
@@ -539,7 +646,8 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
     """Make a freshly built model as small as the record says, in place; the values of resized tensors are undefined.
 
     Meant for a model on the meta device, where nothing is allocated; on any other device the resized tensors are
-    allocated there, none larger than before, two factors at most twice what their layer had.
+    allocated there, none larger than before, two factors at most twice what their layer had. A filter has at most
+    three times the parameters of its attention block, and 90 numbers more for every channel.
 
     Args:
         model: what the configuration class builds.
@@ -553,23 +661,37 @@ def apply_record(model: nn.Module, record: Record) -> nn.Module:
     """
     undo = remove_entries(model, record.removed)
     try:
-        undone, devices = _apply_factors(model, record.factorized)
+        undone, devices = _apply_filters(model, record.filtered)
+        undo += undone
+        undone, others = _apply_factors(model, record.factorized)
         undo += undone
         _apply_sizes(model, record)
     except BaseException:
         restore_entries(undo[::-1])
         raise
-    for path, device in devices.items():  # until here the factors took no memory
-        for factor in model.get_submodule(path).children():
-            for name, parameter in list(factor.named_parameters()):
-                if parameter.is_meta and device.type != "meta":
+    for path, device in (devices | others).items():  # until here filters and factors took no memory
+        for module in model.get_submodule(path).modules() if device.type != "meta" else ():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.is_meta:
                     empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                    setattr(factor, name, nn.Parameter(empty, parameter.requires_grad))
+                    setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
     return model
 
 
+class _Shapes(dict[str, Shape]):
+    """Name of a tensor -> its shape in the resized model; asked of the tensor itself where nobody has set another."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        self._tensors = tensors
+
+    def __missing__(self, name: str) -> Shape:
+        self[name] = shape = tuple(self._tensors[name].shape)
+        return shape
+
+
 def _apply_sizes(model: nn.Module, record: Record) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model)
     tensors = dict(_tensors_of(modules))
     named = {id(tensors[name]) for name in record.shapes if name in tensors}
     aliases: dict[int, list[str]] = {}
@@ -591,7 +713,7 @@ def _apply_sizes(model: nn.Module, record: Record) -> None:
             if record.shapes.get(other, shape) != shape:
                 _refuse(place, "a name", f"of a tensor shared with {other!r}, which has another shape")
 
-    new_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    new_shapes = _Shapes(tensors)
     for name, shape in record.shapes.items():
         whole = tuple(tensors[name].shape)
         for alias in aliases[id(tensors[name])]:
@@ -628,11 +750,11 @@ def _apply_sizes(model: nn.Module, record: Record) -> None:
                 resized_tensor = tensor[tuple(map(slice, shape))].clone()
             replace_tensor(modules, names, resized_tensor)
     for path in record.biases:
-        weight = modules[path].weight
+        weight: Tensor = modules[path].weight  # type: ignore[assignment]
         bias = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
         modules[path].bias = nn.Parameter(bias)
     for module, name, value in settings:
-        setattr(module, name, value)
+        vars(module)[name] = value  # where it was found; nn.Module.__setattr__ would look for tensors of that name
 
 
 def _settings(

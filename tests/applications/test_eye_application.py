@@ -67,7 +67,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def video() -> Faces:
-    return render_face_video(3, 90, size=SIZE, mean_interval=1.0, incomplete_share=0.3)
+    # of a person with light lids, so that contrast tells open from closed
+    return render_face_video(6, 90, size=SIZE, mean_interval=1.0, incomplete_share=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ from masking import largest_difference, random_keep, tensors_of, zero_at_produce
 import hf_compress
 from hf_compress.axes import AxisGraph, find_axes
 from hf_compress.errors import ExportError
+from hf_compress.recipe.reload import in_own_memory
 from hf_compress.surgery import Plan, Record, apply_record, record_of, shrink
 
 Built = tuple[nn.Module, dict[str, Tensor]]
@@ -351,7 +352,7 @@ def _reload(auto: str, folder: Path) -> str:
         dense, record, state = torch.load(folder / "module.pt", weights_only=False)
         model = apply_record(dense, record)
         model.load_state_dict(state)
-    found = list(tensors_of(_run(model.eval(), inputs)))
+    found = list(tensors_of(_run(in_own_memory(model.eval()), inputs)))
     if len(found) != len(expected):
         return f"{len(found)} outputs instead of {len(expected)}"
     if all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected, strict=True)):

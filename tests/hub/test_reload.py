@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import hf_compress
 from hf_compress.errors import RecordError
 from hf_compress.hub import HfCompressConfig
+from hf_compress.recipe.reload import in_own_memory
 from hf_compress.surgery import record_of
 
 RELOADED = [name for name in FAMILIES if not name.startswith("plain")]
@@ -54,7 +55,8 @@ def test_new_process_gives_the_same_logits_and_the_same_bytes(family: str, folde
 
 
 def load(folder: Path, **arguments: object) -> nn.Module:
-    return transformers.AutoModelForImageClassification.from_pretrained(folder / "model", **arguments)
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder / "model", **arguments)
+    return in_own_memory(model)
 
 
 def test_loaded_model_is_an_ordinary_one(folders: dict[str, Path]) -> None:
@@ -162,6 +164,7 @@ ORDERS: dict[str, str] = {
     "transformers first": "from transformers import AutoModelForImageClassification as A; import hf_compress",
     "modeling first": "import transformers.modeling_utils; import hf_compress; from transformers import AutoModelForImageClassification as A",
     "pipelines last": "import hf_compress, transformers.pipelines; from transformers import AutoModelForImageClassification as A",
+    "quantizer first": "import hf_compress.hub.quantizer; from transformers import AutoModelForImageClassification as A",
     "twice": "import hf_compress, importlib; from transformers import AutoModelForImageClassification as A; importlib.reload(hf_compress)",
 }
 

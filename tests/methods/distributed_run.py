@@ -11,9 +11,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed
+from search_training import mixed, search_trainer
 from slimming_training import SCALED_INPUTS, Images, make_trainer, scaled_classifier
 
-from hf_compress.methods import DimensionSearchCallback, NetworkSlimmingCallback, ProximalSlimmingCallback
+from hf_compress.methods import (
+    ArchitectureSearchCallback,
+    DimensionSearchCallback,
+    NetworkSlimmingCallback,
+    ProximalSlimmingCallback,
+    WidthSearchCallback,
+)
 from hf_compress.methods.sparse_group import SparseGroupCallback
 from hf_compress.methods.trained_rank_pruning import TrainedRankPruningCallback
 
@@ -27,6 +34,28 @@ METHODS = {
     "rank": lambda: TrainedRankPruningCallback(0.2, 5, nuclear=1e-3, targets="Linear"),
     "rank_all": lambda: TrainedRankPruningCallback(0.2, 5, nuclear=1e-3, nuclear_steps="all", targets="Linear"),
 }
+
+_SEARCH = {"architecture_optimizer": "sgd", "architecture_lr": 0.5, "coupling": (0.5, 2.0)}
+SEARCHES = {
+    "shared": lambda: ArchitectureSearchCallback("rarts", passes="shared", **_SEARCH),
+    "fresh": lambda: ArchitectureSearchCallback("rarts", passes="fresh", **_SEARCH),
+    "darts": lambda: ArchitectureSearchCallback("darts", **_SEARCH),
+    "second_order": lambda: ArchitectureSearchCallback("darts-second-order", **_SEARCH),
+    "width": lambda: WidthSearchCallback(
+        1.0, 0.4, warmup=0, min_keep=1, example_inputs=SCALED_INPUTS, **{**_SEARCH, "architecture_lr": 0.1}
+    ),
+}
+
+
+def searched(method: str, folder: Path, batch: int, **arguments) -> dict:
+    model, callback = scaled_classifier() if method == "width" else mixed(), SEARCHES[method]()
+    trainer = search_trainer(
+        model, callback, folder, per_device_train_batch_size=batch, max_steps=8, logging_steps=4, max_grad_norm=0.5,
+        optim_args="momentum=0.9", gradient_accumulation_steps=2, **arguments,
+    )  # fmt: skip
+    trainer.train()
+    log = [entry["search_validation_loss"] for entry in trainer.state.log_history if "search_validation_loss" in entry]
+    return {"weights": model.state_dict(), "log": log}
 
 
 def scores(callback, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -86,5 +115,6 @@ if __name__ == "__main__":
     output = Path(sys.argv[1])
     results = {("ddp", method): trained(method, output.parent, batch=4, ddp_backend="gloo") for method in METHODS}
     results |= {("sharded", method): stepped(method, is_sharded=True) for method in METHODS}
+    results |= {("search", method): searched(method, output.parent, batch=2, ddp_backend="gloo") for method in SEARCHES}
     torch.save(results, f"{output}.{torch.distributed.get_rank()}")
     torch.distributed.destroy_process_group()

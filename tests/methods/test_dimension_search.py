@@ -102,7 +102,8 @@ def test_scores_act_as_masks_and_fold_into_weights(family):
     axes = [axis for axis in graph if places_of(axis, graph)]
     scores = DimensionScores(model, graph, axes)
     scores.attach(model)
-    assert torch.equal(outputs(model, inputs), dense)
+    # weights times one are the same bits elsewhere in memory, and on some CPUs kernels round by where weights begin
+    torch.testing.assert_close(outputs(model, inputs), dense, rtol=1e-13, atol=1e-13)
     for axis in axes:
         if not axis.is_exact and kind_of(axis, graph) != "qk":
             continue  # masking before a statistic is not a factor behind it

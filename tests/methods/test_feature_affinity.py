@@ -19,11 +19,13 @@ from hf_compress.distillation import feature_affinity
 from hf_compress.errors import MethodError, ModelError
 from hf_compress.hub import HfCompressConfig
 from hf_compress.methods import (
+    ArchitectureSearchCallback,
     DistillationCallback,
     FeatureAffinityDistillation,
     NetworkSlimmingCallback,
     QuantizationAwareTrainingCallback,
     SparseGroupCallback,
+    WidthSearchCallback,
     report_first,
 )
 from hf_compress.quantization import quantization_of
@@ -231,6 +233,28 @@ def test_micro_batches_sum_to_a_batch(tmp_path):
     assert largest_difference(*found) < 1e-6  # float32 sums in another order
 
 
+def test_a_loop_of_accelerate_trains_the_student_alone(tmp_path):
+    from accelerate import Accelerator
+
+    student, teacher = resnet(0), resnet(1)
+    before, teachers = weights(student), weights(teacher)
+    accelerator = Accelerator(cpu=True)
+    model = FeatureAffinityDistillation(student, teacher)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    losses = []
+    for _ in range(3):
+        loss = model.train()(pixel_values=IMAGES).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and largest_difference(weights(student), before) > 0
+    assert largest_difference(weights(teacher), teachers) == 0
+    accelerator.unwrap_model(model).save_pretrained(tmp_path / "saved", state_dict=accelerator.get_state_dict(model))
+    assert largest_difference(weights(Load(tmp_path / "saved")), weights(student)) == 0
+
+
 @pytest.mark.multi_process
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
@@ -419,3 +443,10 @@ def test_labels_are_asked_for_where_they_are_needed():
 def test_the_wrapper_itself_cannot_be_loaded():
     with pytest.raises(ModelError, match="student alone"):
         FeatureAffinityDistillation.from_pretrained("anywhere")
+
+
+@pytest.mark.parametrize("search", [ArchitectureSearchCallback, WidthSearchCallback])
+def test_a_student_is_not_searched(search, tmp_path):
+    model = FeatureAffinityDistillation(resnet(0), resnet(1), kd_weight=0)
+    with pytest.raises(MethodError, match="Search first"):
+        make_trainer(model, [search()], tmp_path, size=SIZE)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_run import METHODS, stepped, trained
+from distributed_run import METHODS, SEARCHES, searched, stepped, trained
 from slimming_training import largest_difference
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
@@ -53,3 +53,16 @@ def test_ddp_equals_one_process(method, results, tmp_path):
 def test_sharded_parameters_equal_whole_ones(method, results):
     """FSDP2: every process holds half of every parameter."""
     assert_same([found["sharded", method] for found in results], stepped(method, is_sharded=False))
+
+
+@pytest.mark.multi_process
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SEARCHES)
+def test_architecture_search_on_two_processes_equals_one(method, results, tmp_path):
+    found, expected = [result["search", method] for result in results], searched(method, tmp_path, batch=4)
+    # the finite difference divides rounding errors of gradients by 2 epsilon
+    close = 1e-4 if method == "second_order" else 5e-6
+    for result in found:
+        assert largest_difference(result["weights"], expected["weights"]) < close
+        assert result["log"] == pytest.approx(expected["log"], rel=1e-4) and len(result["log"]) >= 2
+    assert largest_difference(found[0]["weights"], found[1]["weights"]) == 0.0

@@ -14,7 +14,7 @@ from families import images, perturb
 from huggingface_hub.errors import StrictDataclassError
 from masking import assert_close, assert_cut_equals_masked, random_keep
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.ssd import SSD
 from transformers import (
@@ -342,6 +342,17 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_statistic(variant: st
         torch.testing.assert_close(results[1][name], value, rtol=1e-9, atol=1e-12, msg=name)  # the same float64 sums
 
 
+# 1x1 convolutions of a single place round otherwise when their weights lie at another address (torch 2.14, one thread), so
+# that equal weights need not give equal bits in the heads, whose last maps have one place
+ROUNDING = {"rtol": 0, "atol": 1e-5}
+
+
+def assert_same_weights(found: nn.Module, expected: nn.Module) -> None:
+    state = expected.state_dict()
+    assert found.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_saved_and_loaded_is_the_same(kind: type, tmp_path: Path) -> None:
     autos: dict[type, object] = {
@@ -357,8 +368,9 @@ def test_saved_and_loaded_is_the_same(kind: type, tmp_path: Path) -> None:
         again, report = autos[kind].from_pretrained(tmp_path / variant, output_loading_info=True)
         assert type(again) is kind
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert_same_weights(again, model)
         with torch.no_grad():
-            assert torch.equal(first(again(pixels(model))), first(model(pixels(model))))
+            torch.testing.assert_close(first(again(pixels(model))), first(model(pixels(model))), **ROUNDING)
 
 
 def test_a_classifier_gives_its_trunk_to_every_head(tmp_path: Path) -> None:
@@ -483,7 +495,8 @@ def test_a_pruned_model_is_saved_loaded_and_trained(tmp_path: Path) -> None:
         loaded = kind.from_pretrained(tmp_path / kind.__name__)
         with torch.no_grad():
             for ours, theirs in zip(model(images(64)).to_tuple(), loaded(images(64)).to_tuple(), strict=True):
-                assert torch.equal(ours, theirs)
+                torch.testing.assert_close(ours, theirs, **ROUNDING)
+        assert_same_weights(loaded, model)
         loss = loaded.train()(images(96), labels=labels_for(kind)).loss
         loss.backward()
         assert loss.isfinite()

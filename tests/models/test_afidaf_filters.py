@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masking import assert_cut_equals_masked, random_keep
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +17,7 @@ from hf_compress import find_axes
 from hf_compress.axes.fourier import transform_macs
 from hf_compress.errors import ModelError
 from hf_compress.measurement import count_macs
-from hf_compress.models.afidaf import AfidafConfig
+from hf_compress.models.afidaf import AfidafConfig, filters_afidaf
 from hf_compress.models.afidaf.filters_afidaf import AfidafFourierFilter, AfidafImageFilter, shuffle_channels
 
 SIZES = [(8, 8), (7, 5), (9, 12), (16, 11), (5, 6), (1, 7), (16, 1), (1, 1)]
@@ -246,3 +248,65 @@ def test_multiply_accumulates_are_counted_in_full(size: tuple[int, int]) -> None
     expected = 2 * 4 * 16 * 4 * places + 2 * 16 * transform_macs(size[0] * size[1], is_real=True)
     assert count_macs(module, x) == expected == find_axes(module, x).macs
     assert transform_macs(64, is_real=True) == 480 and transform_macs(64, is_real=False) == 960
+
+
+# -- dilated convolutions in phases ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (16, 11), (32, 31), (8, 40)])
+@pytest.mark.parametrize(("kernel", "dilation"), [(7, 3), (5, 2), (3, 4)])
+def test_phases_give_the_same_sums(size: tuple[int, int], kernel: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 6, kernel, padding=kernel // 2 * dilation, dilation=dilation, groups=6).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    found, expected = filters_afidaf._in_phases(layer, x), layer(x)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(expected)
+    for inputs in ((x,), tuple(layer.parameters())):
+        ours = torch.autograd.grad((found * weights).sum(), inputs, retain_graph=True)
+        theirs = torch.autograd.grad((expected * weights).sum(), inputs, retain_graph=True)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)  # sums over up to 1,000 places
+
+
+def test_phases_are_for_nobody_to_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eager mode on a CPU alone; whoever counts or traces operators, or hooks the layer, sees the layer itself."""
+    made: list[str] = []
+    in_phases = filters_afidaf._in_phases
+    monkeypatch.setattr(filters_afidaf, "_in_phases", lambda *args: made.append("phases") or in_phases(*args))
+    module = AfidafImageFilter(8, AfidafConfig()).eval()
+    x = torch.randn(1, 8, 16, 16)
+    with torch.no_grad():
+        module(x)
+        assert len(made) == 1
+        module(x[..., :7, :])  # a small map
+        find_axes(module, x)
+        # projections in 8 groups, two depthwise convolutions, one dense layer
+        assert count_macs(module, (x,)) == 256 * (8 + 8 + 8 * 25 + 8 * 49 + 64)
+        torch.export.export(module, (x,))
+        seen: list[Any] = []
+        handle = module.dilated.register_forward_hook(lambda *args: seen.append(args))
+        module(x)
+        handle.remove()
+        assert len(made) == 1 and len(seen) == 1
+    module(torch.randn(1, 8, 8, 8))  # training, and too small for it
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "expected"), [(32, 4, [2]), (48, 4, [3]), (16, 4, []), (24, 8, []), (24, 1, [24])]
+)
+def test_inner_channels_can_go_where_the_groupings_nest(channels: int, groups: int, expected: list[int]) -> None:
+    """The shuffle leaves ``channels / groups`` runs of one channel of each group; the last layer's groups are whole runs.
+
+    Where there are several runs for each of its groups, one run of each can go: an axis of ``channels / groups**2``.
+    """
+    torch.manual_seed(0)
+    module = AfidafImageFilter(channels, AfidafConfig(image_projection_groups=groups)).double().eval()
+    x = torch.randn(2, channels, 6, 7, dtype=torch.float64)
+    graph = find_axes(module, x)
+    assert [axis.size for axis in graph if axis.is_exact] == expected
+    if expected:
+        small = assert_cut_equals_masked(module, graph, random_keep(graph, 0), x)
+        assert small.depthwise.weight.shape[0] < channels

@@ -71,20 +71,20 @@ def answers(model: EyeOpennessForRegression, images: np.ndarray) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def tested(model: EyeOpennessForRegression, style: Any) -> dict[str, float]:
+def errors_of(model: EyeOpennessForRegression, style: Any) -> dict[str, float]:
     found = EyeRenderer(style).render(77, 1000, np.random.default_rng(0).random(1000, dtype=np.float32))
     return openness_metrics(answers(model, found["images"]), found["openness"])
 
 
 def test_the_degree_is_learnt_in_the_rendered_style(interval: EyeOpennessForRegression) -> None:
-    found = tested(interval, "a")
+    found = errors_of(interval, "a")
     assert found["pearson"] >= 0.93 and found["mae"] <= 0.09
 
 
 def test_weak_labels_as_intervals_keep_the_degree_that_binary_targets_destroy(
     interval: EyeOpennessForRegression, naive: EyeOpennessForRegression
 ) -> None:
-    kept, spoiled = tested(interval, "b"), tested(naive, "b")
+    kept, spoiled = errors_of(interval, "b"), errors_of(naive, "b")
     assert kept["mae"] <= 0.6 * spoiled["mae"]
     assert min(kept["auc"], spoiled["auc"]) >= 0.98  # which does not tell the two apart
 

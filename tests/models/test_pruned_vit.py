@@ -38,6 +38,7 @@ from hf_compress.models.pruned_vit import (
     to_pruned_vit,
 )
 from hf_compress.models.pruned_vit.modeling_pruned_vit import PrunedViTDropPath, PrunedViTLayerNorm
+from hf_compress.recipe.reload import in_own_memory
 
 # no two widths alike, so that a transposed or exchanged dimension cannot pass
 WIDTHS = {
@@ -626,7 +627,9 @@ def test_axes_are_found_and_cut_exactly(variant: str, seed: int, tmp_path: Path)
         expected = plain(pixels).logits
         assert_close(small(pixels).logits, expected)
         small.save_pretrained(tmp_path / "recorded")
-        recorded = AutoModelForImageClassification.from_pretrained(tmp_path / "recorded", dtype=torch.float64)
+        recorded = in_own_memory(
+            AutoModelForImageClassification.from_pretrained(tmp_path / "recorded", dtype=torch.float64)
+        )
         assert torch.equal(recorded(pixels).logits, small(pixels).logits)
         # the widths go from the record into the configuration
         free = to_pruned_vit(recorded)
@@ -634,7 +637,7 @@ def test_axes_are_found_and_cut_exactly(variant: str, seed: int, tmp_path: Path)
         assert free.config.qk_dims != model.config.qk_dims and free.config.attention_scales == [0.25, 0.5]
         assert_close(free(pixels).logits, expected)
         free.save_pretrained(tmp_path / "free")
-        again = AutoModelForImageClassification.from_pretrained(tmp_path / "free", dtype=torch.float64)
+        again = in_own_memory(AutoModelForImageClassification.from_pretrained(tmp_path / "free", dtype=torch.float64))
         assert torch.equal(again(pixels).logits, free(pixels).logits)
     again.train()(pixels, labels=torch.tensor([0, 1])).loss.backward()
 
@@ -751,7 +754,7 @@ def test_conversion_changes_no_output(name: str, tmp_path: Path) -> None:
     assert config.attention_scales == [8**-0.5] * 2  # the dense model's
     ours.save_pretrained(tmp_path)
     with torch.no_grad():
-        again = type(ours).from_pretrained(tmp_path, dtype=torch.float64)
+        again = in_own_memory(type(ours).from_pretrained(tmp_path, dtype=torch.float64))
         assert_same_outputs(again(pixels, output_hidden_states=True), got, 0.0)
 
 

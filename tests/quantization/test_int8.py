@@ -103,3 +103,33 @@ def test_refusals(digits, tmp_path):
     with pytest.raises(ExportError, match="nothing was written"):  # nothing agrees to more than all
         export_int8_onnx(model, tmp_path / "m.onnx", unseen[:1], calibration=[calibration], min_agreement=1.1)
     assert not list(tmp_path.iterdir())
+
+
+def test_export_onnx_writes_int8_when_asked(digits, tmp_path):
+    model, calibration, unseen = digits
+    path = export_onnx(
+        model, tmp_path / "m.onnx", unseen[:1], check_inputs=unseen, int8=True, calibration=[calibration]
+    )
+    assert "QuantizeLinear" in operators(path) and int8_agreement(model, path, unseen).argmax >= 0.99
+    with pytest.raises(ExportError, match=r"min_agreement=1\.1"):
+        export_onnx(model, tmp_path / "n.onnx", unseen[:1], int8=True, calibration=[calibration], min_agreement=1.1)
+    with pytest.raises(ExportError, match="int8=True"):
+        export_onnx(model, tmp_path / "n.onnx", unseen[:1], calibration=[calibration])
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("winner", ["static", "dynamic"])
+def test_of_a_transformer_the_faster_form_is_kept(winner, tmp_path, monkeypatch):
+    model, x = FAMILIES["vit"]()
+    images = torch.randn(16, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    tried = []
+
+    def timed(candidates, rounds):
+        tried.extend(candidates)
+        return {name: float(name.endswith("dynamic.onnx") == (winner == "static")) for name in candidates}
+
+    monkeypatch.setattr("hf_compress.measurement.latency.compare_latency", timed)
+    path = export_int8_onnx(model, tmp_path / "m.onnx", x[:1], calibration=[images], min_agreement=0.1)
+    assert len(tried) == 2 and list(tmp_path.iterdir()) == [path]
+    assert ("MatMulInteger" in operators(path)) == (winner == "dynamic")
+    assert ("QuantizeLinear" in operators(path)) == (winner == "static")

@@ -392,3 +392,22 @@ def test_any_module_can_be_trained(tmp_path):
     model = Classifier(FAMILIES["plain_cnn"]()[0])
     make_trainer(model, [Callback(weights=2)], tmp_path, size=16, max_steps=2).train()
     assert quantization_of(model).format == "packed"
+
+
+def test_calibration_on_data_that_hands_over_whole_batches(tmp_path):
+    """As a DataLoader does, which prefers __getitems__."""
+
+    class Whole(torch.utils.data.Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitems__(self, indices):
+            return {"pixel_values": torch.randn(len(indices), 3, 16, 16), "labels": torch.zeros(len(indices)).long()}
+
+    model = resnet()
+    callback = Callback(activations=8, activation_scheme="static")
+    trainer = make_trainer(model, [callback], tmp_path, max_steps=1, remove_unused_columns=False)
+    trainer.train_dataset, trainer.data_collator = Whole(), lambda batch: batch
+    trainer.train()
+    ranges = [p for name, p in model.named_parameters() if name.endswith("hf_compress_range")]
+    assert ranges and all(not torch.equal(found, torch.tensor([-1.0, 1.0])) for found in ranges)

@@ -259,3 +259,14 @@ def test_half_precision_keeps_its_dtype_and_computes_in_float32(dtype):
         assert y.dtype == dtype and torch.equal(y, function(low.float()).to(dtype))
         y.sum().backward()
         assert low.grad.dtype == dtype and low.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("learned", [-3.0, 0.0, 1e-30])
+def test_a_learned_scale_that_vanished_leaves_a_grid(learned):
+    """Weights are finite, on a few levels, and come back from their codes: nothing of it is subnormal."""
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    step = torch.full((6,), learned)
+    quantized = fake_quantized(weight, 4, "learned", 0, step)
+    assert quantized.isfinite().all() and quantized.abs().min() > 1e-20
+    _, scale = scale_of(weight, 4, "learned", 0, step)
+    assert torch.equal(codes_of(quantized, scale[:, None], 4) * scale[:, None], quantized)

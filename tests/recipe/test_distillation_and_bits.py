@@ -210,6 +210,22 @@ def test_a_teacher_of_other_classes_or_without_finite_weights(tmp_path: Path) ->
         assert [word for word in words if word not in str(caught.value)] == [], caught.value
 
 
+def test_names_that_an_earlier_stage_makes_are_not_looked_for_too_early(tmp_path: Path) -> None:
+    factorize = {"stage": "factorize", "params": 0.9, "calibration_images": 0}
+    stages = [TRAIN, factorize, {"stage": "quantize", "weights": 4, "skip": ["*.convolution.0"]}]
+    assert run_recipe(recipe(*stages), output=tmp_path / "run", dry_run=True).steps
+    stages = [
+        TRAIN,
+        factorize,
+        {**DISTILL, "features": [["resnet.encoder.stages.0.layers.0.layer.1.convolution.0", 1]]},
+    ]
+    assert run_recipe(recipe(*stages), output=tmp_path / "run", dry_run=True).steps
+    with pytest.raises(MethodError, match=r"\*\.convolution\.0"):
+        run_recipe(
+            recipe(TRAIN, stages[2] | {"features": None}, {**QUANTIZE, "skip": ["*.convolution.0"]}), output=tmp_path
+        )
+
+
 def test_other_tasks_have_no_distillation() -> None:
     from tiny import tiny_detection
 

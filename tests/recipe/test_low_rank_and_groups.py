@@ -55,6 +55,7 @@ def test_zero_groups_go(tmp_path: Path) -> None:
     )
     assert result.metrics["compressed"]["macs"] < 0.5 * result.metrics["dense"]["macs"]
     assert result.metrics["reload_max_abs_diff"] == 0
+    assert "group_norms.png" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

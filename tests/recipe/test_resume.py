@@ -131,6 +131,29 @@ def test_a_detector_continues_with_the_images_that_come_next(processes: Any, tmp
     assert [name for name in whole if whole[name] != killed[name]] == []
 
 
+SUPERNET = {"config": {"model_type": "darts_supernet", "num_cells": 2, "width": 4, "nodes": 1, "stem_multiplier": 1}}
+
+
+@pytest.mark.parametrize("search", ["architecture_search", "width_search"])
+def test_a_search_continues_with_both_copies_and_both_halves(search: str, processes: Any, tmp_path: Path) -> None:
+    is_width = search == "width_search"
+    recipe = tiny() if is_width else tiny(model=SUPERNET)
+    recipe["training"] |= {"save_steps": 2}  # 3 steps to an epoch of a half
+    common = {"epochs": 2, "architecture_lr": 0.2, "coupling": [0.5, 2.0]}
+    recipe["stages"] = [
+        {"stage": search, **common, **({"target": 0.3} if is_width else {})},
+        {"stage": "prune", "support": True} if is_width else {"stage": "derive"},
+        {"stage": "train", "steps": 2},
+    ]
+    assert start(processes, recipe, tmp_path / "whole", "none") == 0
+    for place in (f"step:{search}:3", f"step:{search}:5", "finish:2"):
+        assert start(processes, recipe, tmp_path / "killed", place) == -signal.SIGKILL, place
+    assert start(processes, recipe, tmp_path / "killed", "none") == 0
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert set(whole) == set(killed)
+    assert [name for name in whole if whole[name] != killed[name]] == []
+
+
 def test_the_best_checkpoint_of_a_vision_transformer_is_loaded_at_the_end(tmp_path: Path) -> None:
     from hf_compress.recipe import run_recipe
 

@@ -8,10 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import tiny
+from PIL import Image
+from tiny import save_masks, tiny
 
 from hf_compress.data import Scenes
 from hf_compress.errors import CheckpointError
@@ -283,6 +285,7 @@ def test_torch_is_left_as_it_was(tmp_path: Path) -> None:
 
 _SMALL = "hidden_size: 48, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 96"
 STAND_INS = {
+    "afidaf_voc": "{model_type: afidaf, hidden_sizes: [32, 48, 64, 64, 64], image_size: 64}",
     "afidaf_coco": "{model_type: afidaf, hidden_sizes: [32, 48, 64, 64, 64], image_size: 64}",
     "sidt_cifar100": f"{{model_type: deit, image_size: 28, patch_size: 7, {_SMALL}}}",
     "sidt_coco": f"{{model_type: yolos, image_size: [64, 64], num_detection_tokens: 5, {_SMALL}}}",
@@ -296,12 +299,20 @@ def test_public_recipes_are_valid(name: str, tmp_path: Path) -> None:
     overrides: list[str] = []
     if recipe.model.pretrained is not None:  # a model of the same kind, since no Hub is assumed to be in reach
         overrides += ["model.new_head=false", "model.pretrained=null", f"model.config={STAND_INS[recipe.name]}"]
-    if recipe.data.name == "scenes":
+    if recipe.data.name == "rendered_eyes":
+        overrides += [f"data.eyes.{split}=32" for split in ("train", "weak", "validation", "test")]
+    elif recipe.data.name == "scenes":
         overrides += [f"data.scenes.{split}=16" for split in ("train", "validation", "test")]
     elif recipe.task == "object-detection":
         for split in ("train", "test"):
             Scenes(split, 12, size=64).write_coco(tmp_path / "coco" / split)
         overrides += [f"data.name={tmp_path / 'coco'}", "data.image_size=64"]
+    elif recipe.task == "image-segmentation":
+        values = np.arange(21, dtype=np.uint8).repeat(3).reshape(9, 7)  # every class of VOC
+        masks = [Image.fromarray(values).resize((64, 64), Image.Resampling.NEAREST)] * 24
+        column = recipe.data.mask_column
+        assert column is not None
+        overrides += [f"data.name={save_masks(tmp_path / 'masks', masks, column, size=64)}", "data.image_size=64"]
     elif recipe.data.name != "digits":
         if not FASHION.is_dir():
             pytest.skip(f"needs the data set at {FASHION}, and no Hub is assumed to be in reach")

@@ -8,6 +8,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 TINY: dict[str, Any] = {
     "name": "tiny",
     "model": {
@@ -175,3 +178,19 @@ def run_and_die(recipe: dict[str, Any], output: Path, place: str) -> None:
 
         folder.shutil.copyfile = copy_half
     run.run_recipe(recipe, output=output)
+
+
+def save_masks(folder: Path, masks: list[Image.Image], column: str = "annotation", size: int = 20) -> Path:
+    """A data set of random images and these masks, as one split called train."""
+    import datasets
+
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in masks]
+    features = datasets.Features(
+        {"image": datasets.Image(), column: datasets.Image(), "name": datasets.Value("string")}
+    )
+    rows = {"image": images, column: masks, "name": [str(i) for i in range(len(masks))]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    folder.mkdir()
+    table.to_parquet(folder / "train.parquet")
+    return folder

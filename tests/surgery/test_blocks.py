@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import hf_compress
 from hf_compress.axes import Cost, find_axes
 from hf_compress.errors import BudgetError, DataError, MethodError, ModelError, NothingToShrinkError, PlanError
+from hf_compress.recipe.reload import in_own_memory
 from hf_compress.surgery import Plan, Record, apply_record, record_of, shrink
 from hf_compress.surgery.blocks import Block, block_scores, find_blocks, remove_blocks, select_blocks
 
@@ -377,12 +378,12 @@ def test_any_order_of_blocks_and_widths_reloads_bit_for_bit(family: str, tmp_pat
         steps.append(random_step(model, x, draw))
         if step == 2:  # a reloaded model is taken further like any other
             model.save_pretrained(tmp_path / "half")
-            model = kind.from_pretrained(tmp_path / "half").eval()
+            model = in_own_memory(kind.from_pretrained(tmp_path / "half").eval())
     assert {"blocks", "widths"} <= set(steps)
     model.save_pretrained(tmp_path / "model")
     again, info = kind.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info.values())
-    assert torch.equal(run(again, x), run(model, x))
+    assert torch.equal(run(in_own_memory(again), x), run(model, x))
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "model" / "model.safetensors"
@@ -407,9 +408,10 @@ def test_a_new_process_with_the_stock_class_gives_the_same_logits(tmp_path: Path
     torch.save((x, run(model, x)), tmp_path / "expected.pt")
     script = """
 import sys, torch, hf_compress
+from hf_compress.recipe.reload import in_own_memory
 from transformers import AutoModelForImageClassification
 x, logits = torch.load(sys.argv[1] + "/expected.pt")
-model = AutoModelForImageClassification.from_pretrained(sys.argv[1] + "/model")
+model = in_own_memory(AutoModelForImageClassification.from_pretrained(sys.argv[1] + "/model"))
 with torch.no_grad():
     print(torch.equal(model(x).logits, logits))
 """

@@ -28,6 +28,7 @@ from hf_compress.errors import BudgetError, DataError, MethodError, ModelError, 
 from hf_compress.measurement.cost import count_macs
 from hf_compress.models.pruned_vit import PrunedViTConfig
 from hf_compress.models.sidt import SidtConfig, SidtForObjectDetection
+from hf_compress.recipe.reload import in_own_memory
 from hf_compress.surgery import Record, apply_record, record_of
 from hf_compress.surgery.decomposition import SCHEMES, can_decompose, full_rank, rank_for_energy
 from hf_compress.surgery.factorize import FactorizeReport, factorize, factorize_report
@@ -564,7 +565,8 @@ def test_loading_options_work(name: str, folders: dict[str, Path], tmp_path: Pat
     half.float().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "sharded")(x).logits, half.float()(x).logits)
+        sharded, half = in_own_memory(load(tmp_path / "sharded")), in_own_memory(half.float())
+        assert torch.equal(sharded(x).logits, half(x).logits)
 
 
 def test_reloaded_models_can_be_trained_and_report_their_ranks(folders: dict[str, Path]) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 import hf_compress
 from hf_compress.axes.attributes import SIZE_ATTRIBUTES
 from hf_compress.errors import HfCompressError, RecordError
-from hf_compress.surgery import Record, apply_record, record_of, remove_blocks
+from hf_compress.surgery import Record, apply_record, record_of, remove_blocks, replace_attention
 from hf_compress.surgery.factorize import factorize
 from hf_compress.surgery.skeleton import RECORD_VERSION
 
@@ -66,10 +66,26 @@ def in_factors() -> tuple[transformers.PretrainedConfig, type, dict[str, Any]]:
     record = record_of(model).to_json()
     assert record["version"] == 3 and record["shapes"] and record["attributes"]
     assert record["factorized"] == {path: {"scheme": how[0], "rank": how[1]} for path, how in ranks.items()}
-    assert record["shapes"][f"{SPATIAL}.second.weight"][1] == 3  # the rank is an axis, which was pruned
+    assert sizes(record, f"{SPATIAL}.second.weight")[1] == 3  # the rank is an axis, which was pruned
     return config, type(model), record
 
 
+@pytest.fixture(scope="module")
+def with_filters() -> tuple[transformers.PretrainedConfig, type, dict[str, Any]]:
+    """The same of a model with filters in place of attention, one of whose layers is in two factors."""
+    model, x = FAMILIES["vit"]()
+    config = copy.deepcopy(model.config)
+    replace_attention(model)
+    factorize(model, ranks={FILTERED + ".projection": 4}, example_inputs=x[:1])
+    hf_compress.prune(model, ratio=0.4, example_inputs=x[:1])
+    record = record_of(model).to_json()
+    assert record["version"] == 4 and record["factorized"]
+    assert record["filtered"] == {name: {"filter": "afidaf", "grid": [4, 4], "prefix": 1} for name in (FILTERED, OTHER)}
+    assert f"{FILTERED}.prefix.key_weight" in record["shapes"]
+    return config, type(model), record
+
+
+FILTERED, OTHER = "vit.layers.0.attention", "vit.layers.1.attention"
 CHANNEL, SPATIAL, DECOUPLED = (
     f"regnet.{path}.convolution"
     for path in ("embedder.embedder", "encoder.stages.0.layers.0.layer.1", "encoder.stages.1.layers.1.layer.1")
@@ -80,6 +96,10 @@ FIRST_LIST, SECOND_LIST = "swin.encoder.layers.0.blocks", "swin.encoder.layers.1
 def skeleton(config: transformers.PretrainedConfig, kind: type) -> nn.Module:
     with torch.device("meta"):
         return kind(config)
+
+
+def sizes(record: dict[str, Any], name: str) -> list[int | None]:
+    return [None if size == "-" else int(size) for size in record["shapes"][name].split("x")]
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -109,12 +129,14 @@ def try_record(config: transformers.PretrainedConfig, kind: type, data: Any) -> 
         tracemalloc.stop()
     assert elapsed < SECONDS and peak < MEGABYTES * 1e6
     after = state_of(model)
-    removed, factorized = (not message and data.get(name) for name in ("removed", "factorized"))
-    if removed or factorized:  # names have moved, so they cannot be compared one by one
-        assert factorized or len(after) < len(before)
+    removed, factorized, filtered = (not message and data.get(name) for name in ("removed", "factorized", "filtered"))
+    if removed or factorized or filtered:  # names have moved, so they cannot be compared one by one
+        assert factorized or filtered or len(after) < len(before)
         dense = sum(p.numel() for p in skeleton(config, kind).parameters())
-        # the factors of a full rank have at most twice the numbers of their layer
-        assert sum(p.numel() for p in model.parameters()) < (2 if factorized else 1) * dense
+        # the factors of a full rank have at most twice the numbers of their layer; filters of 24 channels have 3 * 24**2
+        # + 90 * 24 more than attention, of which this model has two
+        more = 2 * (3 * 24**2 + 90 * 24) if filtered else 0
+        assert sum(p.numel() for p in model.parameters()) < (2 if factorized else 1) * dense + more
         before = after
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     if message:
@@ -204,23 +226,44 @@ def test_larger_than_dense_is_refused(honest: Any) -> None:
     for name in record["shapes"]:
         if name in dense:
             changed = copy.deepcopy(record)
-            changed["shapes"][name] = [dense[name][0] + 1, *dense[name][1:]]
+            changed["shapes"][name] = "x".join(map(str, [dense[name][0] + 1, *dense[name][1:]]))
             assert "more than" in try_record(config, kind, changed)
 
 
 def test_shapes_that_say_nothing_are_refused(honest: Any) -> None:
     config, kind, record = honest
     record = copy.deepcopy(record)
-    name, shape = next(iter(record["shapes"].items()))
-    record["shapes"][name] = [None] * len(shape)
-    assert "no dimension that differs" in try_record(config, kind, record)
+    name = next(iter(record["shapes"]))
+    whole = len(sizes(record, name))
+    for says_nothing in ("x".join("-" * whole), [None] * whole):
+        record["shapes"][name] = says_nothing
+        assert "no dimension that differs" in try_record(config, kind, record)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0x-", "08x-", "-8x-", "8x", "x8", "8xx-", "8X-", " 8x-", "8x-\n", "8.0x-", "1e2x-", "٨x-", "8*-", "8x--", "+8x-"]
+    + ["x".join("8" * 17), "8" * 19 + "x-", "8" * 10**6, "8x-" * 10**5],
+    ids=lambda text: repr(text)[:12],
+)
+def test_shapes_that_are_not_written_as_sizes_are_refused(honest: Any, text: str) -> None:
+    config, kind, record = honest
+    record = copy.deepcopy(record)
+    record["shapes"][_first(record["shapes"])] = text
+    assert "sizes with x between them" in try_record(config, kind, record)
+
+
+def test_shapes_in_lists_are_read_too(honest: Any) -> None:
+    record = honest[2]
+    in_lists = {**record, "shapes": {name: sizes(record, name) for name in record["shapes"]}}
+    assert Record.from_json(in_lists) == Record.from_json(record)
 
 
 def test_tensors_of_one_layer_must_agree(honest: Any) -> None:
     config, kind, record = honest
     name = next(n for n in record["shapes"] if n.endswith(".bias") and n[:-4] + "weight" in record["shapes"])
     record = copy.deepcopy(record)
-    record["shapes"][name] = [max(1, record["shapes"][name][0] - 1)]
+    record["shapes"][name] = str(max(1, sizes(record, name)[0] - 1))
     assert "does not agree" in try_record(config, kind, record)
 
 
@@ -404,6 +447,96 @@ def test_random_mutations_of_factors_end_well(in_factors: Any) -> None:
     assert refused > 30
 
 
+# -- filters in place of attention --------------------------------------------------------------------------------
+
+
+def test_an_honest_record_of_filters_is_accepted(with_filters: Any) -> None:
+    config, kind, record = with_filters
+    assert not try_record(config, kind, record)
+    assert Record.from_json(json.loads(json.dumps(record))).to_json() == record
+    for version in (1, 2, 3):
+        assert "not known" in try_record(config, kind, {**record, "version": version})
+
+
+@pytest.mark.parametrize("value", BAD_VALUES, ids=lambda value: repr(value)[:12])
+@pytest.mark.parametrize("place", ["", "a block", "filter", "grid", "a side", "prefix"])
+def test_wrong_values_of_filters_are_refused(with_filters: Any, place: str, value: Any) -> None:
+    config, kind, record = with_filters
+    path = {"": [], "a block": ["*"], "a side": ["*", "grid", 0]}.get(place, ["*", place])
+    record = copy.deepcopy(record)
+    _set("filtered", *path)(record, value)
+    # (place "prefix", value 0): class tokens without attention, whose tensors the shapes name
+    assert try_record(config, kind, record)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({FILTERED: {"filter": "attention", "grid": [4, 4], "prefix": 1}}, "must be one of afidaf, fourier, image"),
+        ({FILTERED: {"filter": "__class__", "grid": [4, 4], "prefix": 1}}, "must be one of afidaf, fourier, image"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 10**18], "prefix": 1}}, "a height and a width from 1 to 4096"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 4, 4], "prefix": 1}}, "a height and a width from 1 to 4096"),
+        ({FILTERED: {"filter": "afidaf", "grid": {"0": 4, "1": 4}, "prefix": 1}}, "a height and a width"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 4], "prefix": 10**9}}, "a number of tokens from 0 to 64"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 4]}}, "exactly the entries"),
+        ({FILTERED: {"filter": "afidaf", "grid": [4, 4], "prefix": 1, "channels": 10**6}}, "exactly the entries"),
+        ({FILTERED: "afidaf"}, "must be a JSON object"),
+        *(
+            ({name: {"filter": "afidaf", "grid": [4, 4], "prefix": 1}}, "of no plain attention block")
+            for name in (
+                "",
+                "vit",
+                "classifier",
+                "vit.layers.0",
+                "../../etc/passwd",
+                "vit.__dict__",
+            )
+        ),
+        ({FILTERED + ".q_proj": {"filter": "afidaf", "grid": [4, 4], "prefix": 1}}, "holds another one of this list"),
+        ({"a" * 10**6: {"filter": "afidaf", "grid": [4, 4], "prefix": 1}}, "of no plain attention block"),
+        ({str(i): {"filter": "afidaf", "grid": [4, 4], "prefix": 1} for i in range(150_000)}, "more than"),
+    ],
+    ids=lambda value: str(value)[-50:],
+)
+def test_filters_that_cannot_be_are_refused(with_filters: Any, change: dict[str, Any], message: str) -> None:
+    config, kind, record = with_filters
+    assert message in try_record(config, kind, {**record, "filtered": {**record["filtered"], **change}})
+
+
+def test_shared_attention_is_not_replaced(with_filters: Any) -> None:
+    config, kind, _ = with_filters
+    model = skeleton(config, kind)
+    model.vit.layers[1].attention = shared = model.vit.layers[0].attention
+    with pytest.raises(RecordError, match="reached under another name"):
+        apply_record(model, Record(filtered={FILTERED: ("afidaf", (4, 4), 1)}))
+    assert model.vit.layers[0].attention is shared
+
+
+def test_sizes_that_do_not_fit_the_filters_leave_the_model_as_it_was(with_filters: Any) -> None:
+    config, kind, record = with_filters
+    for name, shape in (
+        (f"{FILTERED}.prefix.key_weight", [1000, None, None]),
+        (f"{FILTERED}.image.dilated.weight", [None, None, 9, 9]),
+        (f"{FILTERED}.q_proj.weight", [4, None]),
+    ):
+        changed = copy.deepcopy(record)
+        changed["shapes"][name] = shape
+        assert try_record(config, kind, changed)
+
+
+def test_random_mutations_of_filters_end_well(with_filters: Any) -> None:
+    config, kind, record = with_filters
+    draw = random.Random(3)
+    refused = 0
+    for _ in range(60):
+        changed = copy.deepcopy(record)
+        _mutate(changed["filtered"], draw)
+        for _ in range(draw.randint(0, 2)):
+            _mutate(changed, draw)
+        refused += bool(try_record(config, kind, changed))
+    assert refused > 30
+
+
 def test_random_mutations_end_well(honest: Any) -> None:
     """Any change anywhere: refused, or accepted as some other record that only makes sizes smaller."""
     config, kind, record = honest
@@ -427,7 +560,7 @@ def _mutate(record: dict[str, Any], draw: random.Random) -> None:
         if isinstance(holder[key], (dict, list)) and draw.random() < 0.8:
             holder = holder[key]
             continue
-        value = draw.choice([*BAD_VALUES, 1, 3, [1, 2, 3], {"weight": 1}, "classifier"])
+        value = draw.choice([*BAD_VALUES, 1, 3, [1, 2, 3], {"weight": 1}, "classifier", "3x-", "1"])
         if isinstance(holder, dict) and draw.random() < 0.3:
             holder[draw.choice(["../x", "weight", "forward", key * 2, key.upper()])] = holder.pop(key)
         else:
