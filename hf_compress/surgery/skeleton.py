@@ -158,16 +158,10 @@ class Record:
         shapes: dict[str, PartialShape] = {}
         _check_mapping("shapes", data.get("shapes", {}))
         for name, shape in data.get("shapes", {}).items():
-            place = f"shapes[{_shown(name)}]"
-            if type(shape) is str:
-                sizes = _sizes_of_text(place, shape)
-            elif type(shape) is list and shape:  # as early checkpoints have it
-                sizes = _sizes(place, shape, may_be_whole=True)
-            else:
-                _refuse(place, shape, "must be sizes with x between them, such as 64x-")
-            if all(size is None for size in sizes):
-                _refuse(place, "this field", "names no dimension that differs")
-            shapes[_name(place, name)] = sizes
+            sizes = _sizes_of_text(shape) if type(shape) is str else None
+            if sizes is None or type(name) is not str or not any(sizes):  # words for it are made only where needed
+                sizes = _explained_sizes(name, shape)
+            shapes[name] = sizes
         attributes: dict[str, dict[str, int | Shape]] = {}
         _check_mapping("attributes", data.get("attributes", {}))
         for module, values in data.get("attributes", {}).items():
@@ -247,10 +241,24 @@ def _shape_text(shape: PartialShape) -> str:
     return "x".join("-" if size is None else str(size) for size in shape)
 
 
-def _sizes_of_text(place: str, text: str) -> PartialShape:
+def _sizes_of_text(text: str) -> PartialShape | None:
     if len(text) > _LONGEST_SHAPE or _SHAPE_TEXT.fullmatch(text) is None:
-        _refuse(place, text, "must be 1 to 16 sizes with x between them, such as 64x-; - is a whole dimension")
+        return None
     return tuple(None if size == "-" else int(size) for size in text.split("x"))
+
+
+def _explained_sizes(name: Any, shape: Any) -> PartialShape:
+    """An entry of ``shapes`` that is not in the usual form: refused, or in lists, as early checkpoints have it."""
+    place = f"shapes[{_shown(name)}]"
+    _name(place, name)
+    sizes: PartialShape | None = _sizes_of_text(shape) if type(shape) is str else None
+    if type(shape) is list and shape:
+        sizes = _sizes(place, shape, may_be_whole=True)
+    if sizes is None:
+        _refuse(place, shape, "must be 1 to 16 sizes with x between them, such as 64x-; - is a whole dimension")
+    if not any(sizes):
+        _refuse(place, "this field", "names no dimension that differs")
+    return sizes
 
 
 def _removed(value: Any) -> dict[str, tuple[int, ...]]:
@@ -699,19 +707,21 @@ def _apply_sizes(model: nn.Module, record: Record) -> None:
         if id(tensor) in named:
             aliases.setdefault(id(tensor), []).append(name)
 
+    def place(name: str) -> str:
+        return f"shapes[{_shown(name)}]"
+
     for name, shape in record.shapes.items():
-        place = f"shapes[{_shown(name)}]"
         if name not in tensors:
-            _refuse(place, "a name", "of no parameter or buffer of this architecture")
+            _refuse(place(name), "a name", "of no parameter or buffer of this architecture")
         dense = tuple(tensors[name].shape)
         if len(shape) != len(dense):
-            _refuse(place, len(shape), f"dimensions were given; this tensor has {len(dense)}")
+            _refuse(place(name), len(shape), f"dimensions were given; this tensor has {len(dense)}")
         for dim, (size, most) in enumerate(zip(shape, dense, strict=True)):
             if size is not None and size > most:
-                _refuse(f"{place}[{dim}]", size, f"is more than the {most} that the configuration builds")
+                _refuse(f"{place(name)}[{dim}]", size, f"is more than the {most} that the configuration builds")
         for other in aliases[id(tensors[name])]:
             if record.shapes.get(other, shape) != shape:
-                _refuse(place, "a name", f"of a tensor shared with {other!r}, which has another shape")
+                _refuse(place(name), "a name", f"of a tensor shared with {other!r}, which has another shape")
 
     new_shapes = _Shapes(tensors)
     for name, shape in record.shapes.items():
