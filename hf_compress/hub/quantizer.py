@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from hf_compress.errors import RecordError
 from hf_compress.quantization.layers import quantization_of
 from hf_compress.quantization.post_training import dequantize
 from hf_compress.quantization.storage import finish_loading, packed_state_dict, prepare_skeleton
-from hf_compress.surgery.skeleton import apply_record, named_tensors, record_of
+from hf_compress.surgery.skeleton import apply_record, record_of
 
 from .config import HfCompressConfig, storage_of
-
-# by transformers, where a quantizer is at work as elsewhere
-_SHAPES_ARE_COMPARED = Version(transformers.__version__) >= Version("5.23")
 
 
 class HfCompressQuantizer(HfQuantizer):
@@ -34,7 +26,6 @@ class HfCompressQuantizer(HfQuantizer):
     """
 
     quantization_config: HfCompressConfig
-    _shapes: Mapping[str, torch.Size] = MappingProxyType({})
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # from_pretrained builds under torch.device("meta"), a mode that sees every access to a tensor, its shape included
@@ -42,9 +33,6 @@ class HfCompressQuantizer(HfQuantizer):
             apply_record(model, self.quantization_config.record)
         if self.quantization_config.quantization is not None:
             prepare_skeleton(model, self.quantization_config.quantization)
-        if not _SHAPES_ARE_COMPARED:
-            with torch._C.DisableTorchFunction():
-                self._shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
         return model
 
     def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -53,12 +41,6 @@ class HfCompressQuantizer(HfQuantizer):
         return self._process_model_after_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for key, tensor in named_tensors(model) if self._shapes else ():
-            if tensor.shape != self._shapes.get(key, tensor.shape):
-                raise RecordError(
-                    f"the checkpoint's {key!r} has shape {tuple(tensor.shape)}, its config.json asks for "
-                    f"{tuple(self._shapes[key])}. The two do not belong together; save the checkpoint again."
-                )
         for name in ("hf_quantizer", "quantization_method"):
             vars(model).pop(name, None)
         vars(model)["is_quantized"] = False

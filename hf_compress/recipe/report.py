@@ -173,7 +173,7 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
         history = folder.stage(number) / "history.json"
         if isinstance(stage, Method):
             entries = json.loads(history.read_text(encoding="utf-8"))
-            if sum("sparsity" in entry for entry in entries) > 1:  # one point is no curve
+            if len({entry["step"] for entry in entries if "sparsity" in entry}) > 1:  # one point is no curve
                 plot_sparsity(made / "sparsity.png", entries)
                 pictures["sparsity.png"] = "Share of scales close to zero while training."
         if isinstance(stage, SparseGroupStage):
