@@ -122,7 +122,7 @@ def prepare(recipe: Recipe) -> Prepared:
         if isinstance(stage, DistillStage):
             _check_teacher(prepared, index)
     _check_search(prepared)
-    needs_axes = (FactorizeStage, PruneStage, Method, TrainedRankPruningStage)
+    needs_axes = (FactorizeStage, PruneStage, ReplaceAttentionStage, Method, TrainedRankPruningStage)
     if any(isinstance(stage, needs_axes) for stage in recipe.stages):
         prepared.axes = find_axes(model, prepared.example_inputs)
         _check_budgets(prepared)

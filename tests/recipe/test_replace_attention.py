@@ -123,3 +123,13 @@ def test_a_share_of_macs_is_of_the_dense_model(tmp_path: Path) -> None:
     dense = int(description.split(" parameters, ")[1].split(" MACs")[0].replace(",", ""))
     (pruned,) = [line for line in description.splitlines() if "prune" in line]
     assert int(pruned.split("to about ")[1].split(" MACs")[0].replace(",", "")) <= 0.6 * dense
+
+
+def test_a_recipe_that_replaces_alone(tmp_path: Path) -> None:
+    """The budget is tried before training, and the stage runs, where no other stage needs the model's axes."""
+    stages = [{"stage": "replace_attention", "layers": "auto", "count": 1, "calibration_images": 8, "match_steps": 1}]
+    tried = run_recipe(recipe(stages), output=tmp_path / "tried", dry_run=True)
+    assert "filters in place of 1 of" in tried.description
+    run_recipe(recipe(stages), output=tmp_path / "out")
+    notes = json.loads((tmp_path / "out" / "stages" / "01-replace_attention" / "done.json").read_text())
+    assert notes["replaced"] == 1
