@@ -187,11 +187,8 @@ class ObjectDetection(Task):
 
     def new_processor(self, model: Any, **settings: Any) -> Any:
         from transformers import DetrImageProcessor
-        from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-        kind = type(model.config)
-        classes: Any = IMAGE_PROCESSOR_MAPPING[kind] if kind in IMAGE_PROCESSOR_MAPPING else {}
-        return (classes.get("torchvision") or DetrImageProcessor)(**settings)
+        return (_own_processor(model) or DetrImageProcessor)(**settings)
 
     def evaluation(self, processor: Any) -> dict[str, Any]:
         from ..measurement.detection import DetectionEvaluation
@@ -271,11 +268,8 @@ class SemanticSegmentation(Task):
 
     def new_processor(self, model: Any, **settings: Any) -> Any:
         from transformers import SegformerImageProcessor
-        from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-        kind = type(model.config)
-        classes: Any = IMAGE_PROCESSOR_MAPPING[kind] if kind in IMAGE_PROCESSOR_MAPPING else {}
-        found = classes.get("torchvision")
+        found = _own_processor(model)
         return (found if hasattr(found, "post_process_semantic_segmentation") else SegformerImageProcessor)(**settings)
 
     def evaluation(self, processor: Any) -> dict[str, Any]:
@@ -412,6 +406,15 @@ _DRAWN = 0.4  # lowest score of a detection that is drawn
 TASKS: dict[str, Task] = {
     task.name: task for task in (ImageClassification(), ObjectDetection(), SemanticSegmentation(), EyeOpenness())
 }
+
+
+def _own_processor(model: Any) -> Any:
+    """The class of image processor that transformers has for a model's configuration, or None."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    kind = type(model.config)
+    classes: Any = IMAGE_PROCESSOR_MAPPING[kind] if kind in IMAGE_PROCESSOR_MAPPING else {}
+    return classes.get("torchvision")
 
 
 @torch.no_grad()

@@ -349,16 +349,7 @@ def test_the_first_version_knows_no_removals_and_is_written_without_them(honest:
 
 
 def test_random_mutations_of_removed_blocks_end_well(shorter: Any) -> None:
-    config, kind, record = shorter
-    draw = random.Random(1)
-    refused = 0
-    for _ in range(50):
-        changed = copy.deepcopy(record)
-        _mutate(changed["removed"], draw)
-        for _ in range(draw.randint(0, 2)):
-            _mutate(changed, draw)
-        refused += bool(try_record(config, kind, changed))
-    assert refused > 25
+    assert _refused_of_mutated(shorter, "removed", 50, seed=1) > 25
 
 
 # -- layers in two factors ----------------------------------------------------------------------------------------
@@ -435,16 +426,7 @@ def test_sizes_that_do_not_fit_the_factors_leave_the_model_as_it_was(in_factors:
 
 
 def test_random_mutations_of_factors_end_well(in_factors: Any) -> None:
-    config, kind, record = in_factors
-    draw = random.Random(2)
-    refused = 0
-    for _ in range(60):
-        changed = copy.deepcopy(record)
-        _mutate(changed["factorized"], draw)
-        for _ in range(draw.randint(0, 2)):
-            _mutate(changed, draw)
-        refused += bool(try_record(config, kind, changed))
-    assert refused > 30
+    assert _refused_of_mutated(in_factors, "factorized", 60, seed=2) > 30
 
 
 # -- filters in place of attention --------------------------------------------------------------------------------
@@ -525,16 +507,7 @@ def test_sizes_that_do_not_fit_the_filters_leave_the_model_as_it_was(with_filter
 
 
 def test_random_mutations_of_filters_end_well(with_filters: Any) -> None:
-    config, kind, record = with_filters
-    draw = random.Random(3)
-    refused = 0
-    for _ in range(60):
-        changed = copy.deepcopy(record)
-        _mutate(changed["filtered"], draw)
-        for _ in range(draw.randint(0, 2)):
-            _mutate(changed, draw)
-        refused += bool(try_record(config, kind, changed))
-    assert refused > 30
+    assert _refused_of_mutated(with_filters, "filtered", 60, seed=3) > 30
 
 
 def test_random_mutations_end_well(honest: Any) -> None:
@@ -548,6 +521,20 @@ def test_random_mutations_end_well(honest: Any) -> None:
             _mutate(changed, draw)
         refused += bool(try_record(config, kind, changed))
     assert refused > 75  # the mutations are such that most cannot be right
+
+
+def _refused_of_mutated(honest: Any, field: str, count: int, seed: int) -> int:
+    """How many are refused of records with a mutation in a field and up to two more anywhere."""
+    config, kind, record = honest
+    draw = random.Random(seed)
+    refused = 0
+    for _ in range(count):
+        changed = copy.deepcopy(record)
+        _mutate(changed[field], draw)
+        for _ in range(draw.randint(0, 2)):
+            _mutate(changed, draw)
+        refused += bool(try_record(config, kind, changed))
+    return refused
 
 
 def _mutate(record: dict[str, Any], draw: random.Random) -> None:
