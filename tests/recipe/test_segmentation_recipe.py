@@ -44,7 +44,12 @@ def tiny(**changes: Any) -> dict[str, Any]:
         "training": {"per_device_train_batch_size": 8, "learning_rate": 0.01, "disable_tqdm": True},
         "stages": [
             {"stage": "train", "steps": 6, "training": {"eval_strategy": "steps", "eval_steps": 3}},
-            {"stage": "network_slimming", "steps": 3, "strength": 0.001},
+            {
+                "stage": "network_slimming",
+                "steps": 3,
+                "strength": 0.001,
+                "training": {"logging_strategy": "steps", "logging_steps": 1},
+            },
             {"stage": "prune", "macs": 0.8},
             {"stage": "finetune", "steps": 2},
             "export",
