@@ -1,12 +1,19 @@
 """SiDT on a classifier and on a detector: dimensions searched during training against other ways to choose them.
 
-A model is trained dense; then 20 % and 40 % of its inner dimensions are removed, and what is left is trained on. All ways
-get the same dense start, the same number of steps after it and the same batches for one seed:
+A model is trained dense; then 20 % and 40 % of its inner dimensions are removed, and what is left is trained on. These
+ways get the same dense start, the same number of steps after it and the same batches for one seed:
 
 * search: DimensionSearchCallback during the middle steps,
-* magnitude, taylor: ordinary training during the middle steps, then these scores, of each kind the same share,
-* torch-pruning: the same with its group-norm importance, to the same number of parameters, where it runs,
-* scratch: a small dense model of the same sizes, trained from random weights for all of the steps.
+* magnitude, taylor: ordinary training during the middle steps, then these scores, of each kind the same share, as large
+  as the MACs of the searched model ask,
+* torch-pruning: the same with its group-norm importance, to the same MACs, where it runs.
+
+Others start from random weights and train the first and the middle steps under one schedule, which is the better use of
+so few steps, and then the last steps:
+
+* dense-once: the whole model,
+* search-once: with DimensionSearchCallback all along, the cut before the last steps,
+* scratch: a small dense model of uniform widths with the MACs of the searched one.
 
 The classifier is a small ViT on Fashion-MNIST, measured by accuracy; queries and keys, values and hidden units are
 searched. The detector is SidtForObjectDetection with a pruned ViT on scenes of 1 to 6 Fashion-MNIST items on crops of
@@ -29,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +69,7 @@ from hf_compress.surgery.importance import importance
 HERE = Path(__file__).resolve().parent
 FLOOR = {"qk": 8, "v": 8, "mlp": 16, "channels": 1}
 STRENGTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
+WARMUPS = (0.1, 0.3, 0.6)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class Protocol:
     final_learning_rate: float = 3e-4
     weight_decay: float = 0.05
     strength: float = 1.0
+    once_warmup: float = 0.3
     hidden_size: int = 96
     layers: int = 4
     heads: int = 3
@@ -139,9 +149,9 @@ class Classifier:
         )
         return [images.__getitems__(chosen.tolist()) for chosen in order[:number]]
 
-    def torch_pruned(self, model: Any, params: int) -> None:
+    def torch_pruned(self, model: Any, macs: float) -> None:
         kept = [model.classifier]
-        torch_pruned(model, torch.zeros(1, 1, 28, 28), model.vit.layers, kept, self.settings.heads, params)
+        torch_pruned(model, torch.zeros(1, 1, 28, 28), model.vit.layers, kept, self.settings.heads, macs)
 
 
 class Rendered(Dataset[dict[str, Any]]):
@@ -245,15 +255,15 @@ class Detector:
         collate = detection_collator(self.processor, 10)
         return [collate([scenes[i] for i in chosen.tolist()]) for chosen in order[:number]]
 
-    def torch_pruned(self, model: Any, params: int) -> None:
+    def torch_pruned(self, model: Any, macs: float) -> None:
         head = model.head
         kept = [head.classification.cls_logits, head.regression.bbox_reg, head.regression.bbox_ctrness]
         layers = model.backbone.pruned_vit.layers
-        torch_pruned(model, torch.zeros(1, 3, 64, 64), layers, kept, self.settings.heads, params)
+        torch_pruned(model, torch.zeros(1, 3, 64, 64), layers, kept, self.settings.heads, macs)
 
 
-def torch_pruned(model: Any, images: Tensor, layers: Any, kept: list[nn.Module], heads: int, params: int) -> None:
-    """torch-pruning's group-norm importance, down to a number of parameters.
+def torch_pruned(model: Any, images: Tensor, layers: Any, kept: list[nn.Module], heads: int, macs: float) -> None:
+    """torch-pruning's group-norm importance, down to a number of MACs.
 
     As for the other ways, a transformer's dimensions in heads and hidden units go, not its residual stream; of what is
     outside of the transformer all but the layers in ``kept``.
@@ -283,11 +293,11 @@ def torch_pruned(model: Any, images: Tensor, layers: Any, kept: list[nn.Module],
         ignored_layers=[*kept, *residual, *patches],
     )
     for _ in range(200):
-        if sum(p.numel() for p in model.parameters()) <= params:
+        if find_axes(model, images).macs <= macs:
             break
         pruner.step()
-    for layer in layers:
-        layer.attention.head_dim = layer.attention.q_proj.out_features // heads
+        for layer in layers:
+            layer.attention.head_dim = layer.attention.q_proj.out_features // heads
     model(images)  # whether it still runs
 
 
@@ -301,98 +311,161 @@ def shares_plan(axes: AxisGraph, kinds: Sequence[str], scores: dict[str, Tensor]
     return plan_of_shares(axes, {name: scores[name] for name in searched}, floors, dict.fromkeys(searched, share))
 
 
-WAYS = ("search", "magnitude", "taylor", "torch-pruning", "scratch")
+def plan_of_macs(axes: AxisGraph, kinds: Sequence[str], scores: dict[str, Tensor], macs: float) -> Plan:
+    """As :func:`shares_plan`, with the smallest share that brings the model down to these MACs."""
+    low, high = 0.0, 0.9
+    for _ in range(12):  # to 1/4000 of the dimensions
+        share = (low + high) / 2
+        if axes.cost(shares_plan(axes, kinds, scores, share)).macs > macs:
+            low = share
+        else:
+            high = share
+    return shares_plan(axes, kinds, scores, high)
+
+
+# search and search-once come first: the others are brought to the MACs of one of them
+WAYS = ("search", "magnitude", "taylor", "torch-pruning", "search-once", "scratch")
+FROM_RANDOM = ("dense-once", "search-once", "scratch")
 
 
 class Run:
-    """One seed: the dense starts, trained once, and every way from them."""
+    """One seed: the dense starts, trained once and only where they are asked for, and every way from them."""
 
     def __init__(self, task: Classifier | Detector, seed: int):
         self.task, self.seed, self.settings = task, seed, task.settings
-        steps, rate = self.settings.middle_steps, self.settings.middle_learning_rate
-        self.dense = task.build(seed)
-        task.train(self.dense, seed, self.settings.dense_steps, self.settings.learning_rate)
-        self.middle = copy.deepcopy(self.dense)
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        model = self.task.build(self.seed)
+        self.task.train(model, self.seed, self.settings.dense_steps, self.settings.learning_rate)
+        return model
+
+    @cached_property
+    def middle(self) -> PreTrainedModel:
+        model = copy.deepcopy(self.dense)
         start = time.perf_counter()
-        task.train(self.middle, seed + 1_000, steps, rate)
+        self.train_middle(model)
         self.plain_seconds = time.perf_counter() - start
-        self.axes = find_axes(self.middle)
+        return model
+
+    @cached_property
+    def axes(self) -> AxisGraph:
+        return find_axes(self.task.build(self.seed))
+
+    def train_middle(self, model: PreTrainedModel, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        steps, rate = self.settings.middle_steps, self.settings.middle_learning_rate
+        self.task.train(model, self.seed + 1_000, steps, rate, callbacks)
+
+    def train_once(self, model: PreTrainedModel, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        """The first and the middle steps under one schedule."""
+        steps = self.settings.dense_steps + self.settings.middle_steps
+        self.task.train(model, self.seed, steps, self.settings.learning_rate, callbacks)
+
+    def callback(self, share: float, strength: float, warmup: float = 0.1) -> DimensionSearchCallback:
+        return DimensionSearchCallback(strength, share, warmup=warmup, kinds=self.task.kinds)
 
     def search(self, share: float, strength: float) -> tuple[PreTrainedModel, dict[str, Any]]:
-        model, settings = copy.deepcopy(self.dense), self.settings
-        search = DimensionSearchCallback(strength, share, warmup=0.1, kinds=self.task.kinds)
+        self.middle  # noqa: B018  (its time is what the search's is compared with)
+        model, search = copy.deepcopy(self.dense), self.callback(share, strength)
         start = time.perf_counter()
-        self.task.train(model, self.seed + 1_000, settings.middle_steps, settings.middle_learning_rate, [search])
+        self.train_middle(model, [search])
         ratio = (time.perf_counter() - start) / self.plain_seconds
         shrink(model, search.plan(model))
         return model, {"step_time_ratio": ratio}
 
-    def start_of(self, way: str, share: float) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model before the last steps, and what else is to be written."""
+    def search_once(self, share: float, strength: float, warmup: float) -> PreTrainedModel:
+        model, search = self.task.build(self.seed), self.callback(share, strength, warmup)
+        self.train_once(model, [search])
+        shrink(model, search.plan(model))
+        return model
+
+    def start_of(self, way: str, share: float, macs: float) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model before the last steps, and what else is to be written.
+
+        Args:
+            way, share: what to do.
+            macs: of the searched model, for the ways that are brought to them.
+        """
         task, axes, settings = self.task, self.axes, self.settings
+        if way == "dense":
+            return copy.deepcopy(self.middle), {}
         if way == "search":
             return self.search(share, settings.strength)
-        if way == "scratch":  # uniform widths, random weights, all of the steps
-            model = task.build(self.seed + 5)
-            zeros = {axis.name: torch.zeros(axis.size) for axis in axes}
-            shrink(model, shares_plan(axes, task.kinds, zeros, share), axes=axes)
-            task.train(model, self.seed, settings.dense_steps + settings.middle_steps, settings.learning_rate)
+        if way == "search-once":
+            return self.search_once(share, settings.strength, settings.once_warmup), {}
+        if way in FROM_RANDOM:
+            model = task.build(self.seed)
+            if way == "scratch":
+                zeros = {axis.name: torch.zeros(axis.size) for axis in axes}
+                shrink(model, plan_of_macs(axes, task.kinds, zeros, macs), axes=axes)
+            self.train_once(model)
             return model, {}
         model = copy.deepcopy(self.middle)
-        given = task.batches(self.seed) if way == "taylor" else None
-        scores = importance(model, axes, method="taylor" if way == "taylor" else "magnitude", batches=given)
-        plan = shares_plan(axes, task.kinds, scores, share)
         if way == "torch-pruning":
-            task.torch_pruned(model, axes.cost(plan).params)
-        else:
-            shrink(model, plan, axes=axes)
+            task.torch_pruned(model, macs)
+            return model, {}
+        given = task.batches(self.seed) if way == "taylor" else None
+        axes = find_axes(model)
+        scores = importance(model, axes, method="taylor" if way == "taylor" else "magnitude", batches=given)
+        shrink(model, plan_of_macs(axes, task.kinds, scores, macs), axes=axes)
         return model, {}
 
     def finish(self, way: str, model: PreTrainedModel, split: str = "test") -> dict[str, Any]:
         """The last steps, and what came out."""
         task, settings = self.task, self.settings
-        before = {} if way == "scratch" else {"before_final": task.evaluate(model, split)}
+        before = {"before_final": task.evaluate(model, split)}
         task.train(model, self.seed + 2_000, settings.final_steps, settings.final_learning_rate)
         left = find_axes(model)
         return {task.metric: task.evaluate(model, split), "params": left.params, "macs": left.macs, **before}
 
 
-def run_seed(task: Classifier | Detector, seed: int, write: Any, done: set[tuple[Any, ...]]) -> None:
+Done = dict[tuple[Any, ...], dict[str, Any]]  # seed, way, share, strength and warm-up -> what was written
+
+
+def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in ("seed", "way", "share", "strength", "warmup"))
+
+
+def run_seed(task: Classifier | Detector, seed: int, write: Any, done: Done, ways: Sequence[str]) -> None:
     """All ways of one seed; each finished one is written."""
-    wanted = [(share, way) for share in task.settings.shares for way in WAYS if (seed, way, share, None) not in done]
-    if not wanted and (seed, "dense", 0.0, None) in done:
-        return
     run = Run(task, seed)
-    if (seed, "dense", 0.0, None) not in done:
-        write({"seed": seed, "way": "dense", "share": 0.0, **run.finish("dense", copy.deepcopy(run.middle))})
-    for share, way in wanted:
+    wanted = [("dense", 0.0), ("dense-once", 0.0), *((way, share) for share in task.settings.shares for way in WAYS)]
+    for way, share in wanted:
+        if way not in ways or (seed, way, share, None, None) in done:
+            continue
+        searched = done.get((seed, "search", share, None, None), {})
+        if way not in ("dense", "dense-once", "search", "search-once") and not searched:
+            raise SystemExit(f"{way} is brought to the MACs of the searched model: run search for seed {seed} first.")
         start = time.perf_counter()
         try:
-            model, more = run.start_of(way, share)
+            model, more = run.start_of(way, share, searched.get("macs", 0))
             found = run.finish(way, model)
-            write({"seed": seed, "way": way, "share": share, **found, **more, "seconds": time.perf_counter() - start})
+            record = {"seed": seed, "way": way, "share": share, **found, **more, "seconds": time.perf_counter() - start}
         except Exception as error:
             if way != "torch-pruning":
                 raise
             # a peer that does not run is a result, and is reported as one
-            write({"seed": seed, "way": way, "share": share, "failed": f"{type(error).__name__}: {error}"[:200]})
+            record = {"seed": seed, "way": way, "share": share, "failed": f"{type(error).__name__}: {error}"[:200]}
+        write(record)
+        done[key_of(record)] = record
 
 
-def tune(task: Classifier | Detector, write: Any, done: set[tuple[Any, ...]]) -> None:
-    """Every strength, on the validation split."""
-    wanted = [
-        (share, strength)
-        for share in task.settings.shares
-        for strength in STRENGTHS
-        if (TUNING_SEED, "search", share, strength) not in done
+def tune(task: Classifier | Detector, write: Any, done: Done, ways: Sequence[str]) -> None:
+    """Every strength of the search, every warm-up of the search from random weights, on the validation split."""
+    run, strength = Run(task, TUNING_SEED), task.settings.strength
+    grid: list[dict[str, Any]] = [
+        {"way": "search", "share": share, "strength": value} for share in task.settings.shares for value in STRENGTHS
     ]
-    if not wanted:
-        return
-    run = Run(task, TUNING_SEED)
-    for share, strength in wanted:
-        model, more = run.search(share, strength)
-        found = run.finish("search", model, "validation")
-        write({"seed": TUNING_SEED, "way": "search", "share": share, "strength": strength, **found, **more})
+    grid += [{"way": "search-once", "share": task.settings.shares[-1], "warmup": value} for value in WARMUPS]
+    for setting in grid:
+        if setting["way"] not in ways or key_of({"seed": TUNING_SEED, **setting}) in done:
+            continue
+        share, more = setting["share"], {}
+        if setting["way"] == "search":
+            model, more = run.search(share, setting["strength"])
+        else:
+            model = run.search_once(share, strength, setting["warmup"])
+        write({"seed": TUNING_SEED, **setting, **run.finish(setting["way"], model, "validation"), **more})
 
 
 def table(records: list[dict[str, Any]], metric: str) -> str:
@@ -402,14 +475,15 @@ def table(records: list[dict[str, Any]], metric: str) -> str:
     ]
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for record in records:
-        if metric in record and "strength" not in record:
+        if metric in record and record["seed"] != TUNING_SEED:
             groups.setdefault((record["share"], record["way"]), []).append(record)
     dense = groups.get((0.0, "dense"), [])
 
     def mean(rows: list[dict[str, Any]], key: str) -> float:
         return statistics.mean(row[key] for row in rows if key in row)
 
-    for (share, way), rows in sorted(groups.items()):
+    order = ("dense", "dense-once", *WAYS)
+    for (share, way), rows in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
         values = [row[metric] for row in rows]
         before = f"{mean(rows, 'before_final'):.2f}" if any("before_final" in row for row in rows) else ""
         ratios = [f"{mean(rows, key) / mean(dense, key):.2f}" if dense else "" for key in ("params", "macs")]
@@ -419,16 +493,14 @@ def table(records: list[dict[str, Any]], metric: str) -> str:
         )
     failures = {(record["share"], record["way"]): record["failed"] for record in records if "failed" in record}
     lines += [f"| {share:.0%} | {way} | did not run: {why} | | | |" for (share, way), why in failures.items()]
-    tuned = [record for record in records if "strength" in record]
+    tuned = [record for record in records if record["seed"] == TUNING_SEED]
     if tuned:
+        lines += ["", f"Settings, on the validation split, seed {TUNING_SEED}:", ""]
+        lines += [f"| removed | way | strength | warm-up | {metric} |", "|---|---|---|---|---|"]
         lines += [
-            "",
-            f"Strengths, on the validation split, seed {TUNING_SEED}:",
-            "",
-            f"| removed | strength | {metric} |",
-            "|---|---|---|",
+            f"| {row['share']:.0%} | {row['way']} | {row.get('strength', '')} | {row.get('warmup', '')} | {row[metric]:.2f} |"
+            for row in tuned
         ]
-        lines += [f"| {row['share']:.0%} | {row['strength']:g} | {row[metric]:.2f} |" for row in tuned]
     return "\n".join(lines)
 
 
@@ -438,6 +510,8 @@ def main() -> None:
     parser.add_argument("--data", default=DEFAULT_DATA)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--tune", action="store_true")
+    ways = ("dense", "dense-once", *WAYS)
+    parser.add_argument("--only", nargs="+", choices=ways, default=ways, help="only these ways")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these; a second process may work on the others")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
@@ -452,7 +526,7 @@ def main() -> None:
         lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
         return [json.loads(line) for line in lines]
 
-    shared = {key: value for key, value in settings.items() if key != "strength"}
+    shared = {key: value for key, value in settings.items() if key not in ("strength", "once_warmup")}  # tuned
     for record in finished():
         if {key: record["protocol"][key] for key in shared} != shared:
             raise SystemExit(f"{output} holds results of another protocol; move it away.")
@@ -463,12 +537,12 @@ def main() -> None:
         print(record, flush=True)
 
     task = kind(arguments.data, protocol)
-    done = {(r["seed"], r["way"], r["share"], r.get("strength")) for r in finished()}
+    done = {key_of(record): record for record in finished()}
     if arguments.tune:
-        tune(task, write, done)
+        tune(task, write, done, arguments.only)
     else:
         for seed in arguments.seeds or protocol.seeds:
-            run_seed(task, seed, write, done)
+            run_seed(task, seed, write, done, arguments.only)
     text = table(finished(), kind.metric)
     print(text)
     partial = output.with_suffix(".partial")

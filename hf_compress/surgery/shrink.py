@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from .skeleton import (
     record_of,
     replace_tensor,
     with_item_type,
+    without_followers,
 )
 
 
@@ -84,10 +84,7 @@ def shrink(
     else:
         biases = ()
     cut = _cut(model, plan, axes, biases)
-    record = (earlier or Record()).merge(Record(cut.shapes, cut.attributes, biases))
-    added = {child_name(path, "bias") for path in record.biases}  # their shapes follow from the weights
-    shapes = {name: shape for name, shape in record.shapes.items() if name not in added}
-    attach_record(model, replace(record, shapes=shapes))
+    attach_record(model, (earlier or Record()).merge(Record(cut.shapes, cut.attributes, biases)))
     return model
 
 
@@ -248,6 +245,7 @@ def attach_record(model: nn.Module, record: Record) -> None:
     """Let a model carry its record: in its own copy of the configuration, or as an attribute where it has none."""
     if not record:
         return
+    record = without_followers(model, record)
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         model.hf_compress_record = record  # type: ignore[assignment]

@@ -21,7 +21,7 @@ import re
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -58,7 +58,8 @@ class Record:
 
     Args:
         shapes: name of a parameter or buffer -> its shape, with None for whole dimensions, so that a new classifier may
-            have another number of classes. Only tensors whose shape differs; every alias of a shared tensor is listed.
+            have another number of classes. Only tensors whose shape differs, and of a standard layer only the weight:
+            its bias, or a norm's statistics, follow (see :func:`followers`). Every alias of a shared tensor is listed.
         attributes: module -> attribute -> its value. Only what does not follow from the shapes.
         biases: linear layers and convolutions that were built without a bias and have one now.
         removed: ``nn.ModuleList`` or ``nn.Sequential`` -> positions of the entries that are gone, ascending; path and
@@ -554,6 +555,50 @@ _LAWS: tuple[tuple[type | tuple[type, ...], _Law], ...] = (
 _WITH_OPTIONAL_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
+_LENGTHS = ("out_features", "out_channels", "num_features", "num_channels", "nf", "normalized_shape")
+
+
+def followers(module: nn.Module, shapes: Mapping[str, Shape], groups: int = 1) -> dict[str, Shape]:
+    """Shapes of those tensors of a standard layer that follow from its weight's: the bias, a norm's statistics.
+
+    Args:
+        module, shapes, groups: as for :func:`derived_attributes`; empty where there is no weight.
+    """
+    if "weight" not in shapes:
+        return {}
+    derived = derived_attributes(module, shapes, groups)
+    length = next((derived[name] for name in _LENGTHS if name in derived), None)
+    if length is None:
+        return {}
+    whole = length if isinstance(length, tuple) else (length,)
+    return {name: whole for name in ("bias", "running_mean", "running_var") if name in shapes}
+
+
+def without_followers(model: nn.Module, record: Record) -> Record:
+    """The same record of a model without the entries that follow from others."""
+    modules = modules_by_path(model)
+    shapes = dict(record.shapes)
+    for path in [path for path, _, own in (name.rpartition(".") for name in record.shapes) if own == "weight"]:
+        own, groups = local_shapes(modules[path]), getattr(modules[path], "groups", 1)
+        for name, shape in followers(modules[path], own, groups if type(groups) is int else 1).items():
+            if own[name] == shape:
+                shapes.pop(child_name(path, name), None)
+    return replace(record, shapes=shapes)
+
+
+def _following(module: nn.Module, weight: Shape, given: Mapping[tuple[int, str], Any]) -> dict[str, Shape]:
+    """New shapes of what follows from the new shape of a layer's weight.
+
+    A tensor that does not follow in the layer as it is, which a subclass may have, is left alone.
+    """
+    own, groups = local_shapes(module), getattr(module, "groups", 1)
+    if type(groups) is not int or "weight" not in own:
+        return {}
+    was = followers(module, own, groups)
+    now = followers(module, {**own, "weight": weight}, given.get((id(module), "groups"), groups))
+    return {name: shape for name, shape in now.items() if own[name] == was[name]}
+
+
 def local_shapes(module: nn.Module) -> dict[str, Shape]:
     """Local name -> shape of the tensors that a module holds itself."""
     own = [*module._parameters.items(), *module._buffers.items()]
@@ -701,11 +746,9 @@ class _Shapes(dict[str, Shape]):
 def _apply_sizes(model: nn.Module, record: Record) -> None:
     modules = modules_by_path(model)
     tensors = dict(_tensors_of(modules))
-    named = {id(tensors[name]) for name in record.shapes if name in tensors}
     aliases: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
-        if id(tensor) in named:
-            aliases.setdefault(id(tensor), []).append(name)
+        aliases.setdefault(id(tensor), []).append(name)
 
     def place(name: str) -> str:
         return f"shapes[{_shown(name)}]"
@@ -733,8 +776,17 @@ def _apply_sizes(model: nn.Module, record: Record) -> None:
     given = {(id(module), name): value for module, name, value in settings}
     for path in record.biases:
         _check_bias(path, modules, new_shapes)
-    resized = [name for names in aliases.values() for name in names]
-    touched = {name.rpartition(".")[0] for name in resized if new_shapes[name] != tuple(tensors[name].shape)}
+    for name in list(new_shapes):
+        path, _, own = name.rpartition(".")
+        if own != "weight":
+            continue
+        prefix = f"{path}." if path else ""
+        for follower, length in _following(modules[path], new_shapes[name], given).items():
+            if prefix + follower not in new_shapes:
+                for alias in aliases[id(tensors[prefix + follower])]:
+                    new_shapes[alias] = length
+    resized = {name for name, shape in new_shapes.items() if shape != tuple(tensors[name].shape)}
+    touched = {name.rpartition(".")[0] for name in resized}
     touched |= {path for path, values in record.attributes.items() if "groups" in values or "num_groups" in values}
     for path in touched:
         module = modules[path]
@@ -751,14 +803,14 @@ def _apply_sizes(model: nn.Module, record: Record) -> None:
         _check_derived(path, modules[path], new_shapes, given)
 
     # everything fits; from here on nothing can be refused
-    for names in aliases.values():
+    for key in {id(tensors[name]): None for name in tensors if name in resized}:
+        names = aliases[key]
         tensor, shape = tensors[names[0]], new_shapes[names[0]]
-        if tuple(tensor.shape) != shape:
-            if isinstance(tensor, nn.Parameter):
-                resized_tensor = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-            else:  # one that checkpoints leave out repeats its values along what was removed
-                resized_tensor = tensor[tuple(map(slice, shape))].clone()
-            replace_tensor(modules, names, resized_tensor)
+        if isinstance(tensor, nn.Parameter):
+            resized_tensor = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        else:  # one that checkpoints leave out repeats its values along what was removed
+            resized_tensor = tensor[tuple(map(slice, shape))].clone()
+        replace_tensor(modules, names, resized_tensor)
     for path in record.biases:
         weight: Tensor = modules[path].weight  # type: ignore[assignment]
         bias = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)

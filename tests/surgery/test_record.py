@@ -20,9 +20,9 @@ from torch import nn
 import hf_compress
 from hf_compress.axes.attributes import SIZE_ATTRIBUTES
 from hf_compress.errors import HfCompressError, RecordError
-from hf_compress.surgery import Record, apply_record, record_of, remove_blocks, replace_attention
+from hf_compress.surgery import Record, record_of, remove_blocks, replace_attention
 from hf_compress.surgery.factorize import factorize
-from hf_compress.surgery.skeleton import RECORD_VERSION
+from hf_compress.surgery.skeleton import RECORD_VERSION, apply_record, named_tensors, without_followers
 
 SECONDS, MEGABYTES = 1.0, 100
 
@@ -259,12 +259,69 @@ def test_shapes_in_lists_are_read_too(honest: Any) -> None:
     assert Record.from_json(in_lists) == Record.from_json(record)
 
 
+def followed(config: transformers.PretrainedConfig, kind: type, record: dict[str, Any]) -> dict[str, int]:
+    """Bias or statistics of a layer whose weight the record names -> their length in the resized model."""
+    model = apply_record(skeleton(config, kind), Record.from_json(record))
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+    ends = ("bias", "running_mean", "running_var")
+    names = [f"{name[: -len('weight')]}{end}" for name in record["shapes"] if name.endswith(".weight") for end in ends]
+    return {name: shapes[name][0] for name in names if name in shapes}
+
+
+def test_what_follows_from_a_weight_is_not_listed(honest: Any) -> None:
+    config, kind, record = honest
+    found = followed(config, kind, record)
+    dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(skeleton(config, kind))}
+    assert not set(found) & set(record["shapes"])
+    assert any(length < dense[name][0] for name, length in found.items())
+
+
+def test_a_record_that_lists_what_follows_says_the_same(honest: Any) -> None:
+    """Early checkpoints do."""
+    config, kind, record = honest
+    dense = {name: tuple(tensor.shape) for name, tensor in named_tensors(skeleton(config, kind))}
+    vectors = {name: n for name, n in followed(config, kind, record).items() if n != dense[name][0]}
+    explicit = {**record, "shapes": {**record["shapes"], **{name: str(n) for name, n in vectors.items()}}}
+    built = [
+        {name: tuple(tensor.shape) for name, tensor in named_tensors(apply_record(skeleton(config, kind), how))}
+        for how in (Record.from_json(record), Record.from_json(explicit))
+    ]
+    assert built[0] == built[1]
+    model = apply_record(skeleton(config, kind), Record.from_json(record))
+    assert without_followers(model, Record.from_json(explicit)) == Record.from_json(record)
+
+
 def test_tensors_of_one_layer_must_agree(honest: Any) -> None:
     config, kind, record = honest
-    name = next(n for n in record["shapes"] if n.endswith(".bias") and n[:-4] + "weight" in record["shapes"])
+    name, length = next((name, n) for name, n in followed(config, kind, record).items() if n > 1)
     record = copy.deepcopy(record)
-    record["shapes"][name] = str(max(1, sizes(record, name)[0] - 1))
+    record["shapes"][name] = str(length - 1)
     assert "does not agree" in try_record(config, kind, record)
+
+
+class Shares(nn.Module):
+    """Two layers with one bias, and a layer whose bias is no bias of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.own = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(4, 6)
+        self.second.bias = self.first.bias
+        self.own.bias = nn.Parameter(torch.zeros(3))
+
+
+def test_a_shared_bias_follows_once_and_an_unusual_one_not() -> None:
+    shapes = {"first.weight": "5x-", "second.weight": "5x-", "own.weight": "5x-"}
+    model = apply_record(Shares(), Record.from_json({"version": 1, "shapes": shapes}))
+    assert model.first.bias is model.second.bias and len(model.first.bias) == 5 and len(model.own.bias) == 3
+    assert (model.first.out_features, model.second.out_features, model.own.out_features) == (5, 5, 5)
+    shapes["second.weight"] = "4x-"
+    untouched = Shares()
+    with pytest.raises(RecordError, match="does not agree"):
+        apply_record(untouched, Record.from_json({"version": 1, "shapes": shapes}))
+    assert untouched.first.weight.shape == (6, 4)
+    del shapes["second.weight"]  # the other layer with this bias stays as it is, which cannot be
+    with pytest.raises(RecordError, match="does not agree"):
+        apply_record(untouched, Record.from_json({"version": 1, "shapes": shapes}))
 
 
 def test_unknown_fields_newer_versions_and_floods_are_refused(honest: Any) -> None:
