@@ -89,7 +89,7 @@ class Protocol:
     final_learning_rate: float = 3e-4
     weight_decay: float = 0.05
     strength: float = 1.0
-    once_warmup: float = 0.3
+    once_warmup: float = 0.6
     hidden_size: int = 96
     layers: int = 4
     heads: int = 3

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
-from .errors import CheckpointError, DataError, HfCompressError, ModelError
+from .errors import CheckpointError, DataError, ExportError, HfCompressError, ModelError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _HELP = "Make Hugging Face vision models smaller, and keep them ordinary Hugging Face models."
 _DEBUG = "HF_COMPRESS_DEBUG"
+_PICTURES, _MOST_PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp"), 256
 _HEADS = ("ForImageClassification", "ForObjectDetection", "ForSemanticSegmentation")
 
 app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -30,6 +31,9 @@ app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty
 Model = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
 ImageSize = Annotated[
     int | None, typer.Option(help="Height and width in pixels; found from the model when not given.", min=1)
+]
+Images = Annotated[
+    Path | None, typer.Option(help="Folder of images to calibrate on; up to 256 are read, from its folders too.")
 ]
 
 
@@ -184,9 +188,13 @@ def factorize(
     targets: Annotated[
         list[str] | None, typer.Option(help="Pattern of layer names or a class; may be repeated.")
     ] = None,
+    images: Images = None,
     image_size: ImageSize = None,
 ) -> None:
-    """Put layers in two factors of low rank; half of the MACs when nothing is said."""
+    """Put layers in two factors of low rank; half of the MACs when nothing is said.
+
+    With --images the factors keep what layers give on these images, which costs far less accuracy.
+    """
     with _errors():
         from .surgery import factorize as factorize_model
         from .surgery import factorize_report
@@ -200,6 +208,7 @@ def factorize(
             macs=0.5 if macs is None and params is None and energy is None else macs,
             params=params,
             targets=targets or None,
+            batches=None if images is None else _calibration(model, loaded, images),
             example_inputs=_example_inputs(model, loaded, image_size),
         )
         _save(loaded, output, _processor(model))
@@ -237,15 +246,33 @@ def export(
     model: Model,
     output: Annotated[Path | None, typer.Option(help="The file. [default: model.onnx in the model's folder]")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest accepted difference of any output.")] = 1e-4,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="A file that computes in int8; give --images, unless layers are all linear.")
+    ] = False,
+    images: Images = None,
     image_size: ImageSize = None,
 ) -> None:
     """Write ONNX and compare it with the PyTorch model."""
     with _errors():
-        from .export import export_onnx
+        from .export import export_onnx, int8_agreement
 
+        if images is not None and not int8:
+            raise ExportError("--images are for a file that computes in int8. Add --int8, or leave them out.")
         loaded = _load(model)
-        target = output or (Path(model) if Path(model).is_dir() else Path()) / "model.onnx"
-        path = export_onnx(loaded, target, _example_inputs(model, loaded, image_size), tolerance=tolerance)
+        name = "model_int8.onnx" if int8 else "model.onnx"
+        target = output or (Path(model) if Path(model).is_dir() else Path()) / name
+        inputs = _example_inputs(model, loaded, image_size)
+        if int8:
+            batches = None if images is None else _calibration(model, loaded, images)
+            path = export_onnx(loaded, target, inputs, int8=True, calibration=batches)
+            says = ""
+            if batches is not None:
+                import torch
+
+                says = f"; {int8_agreement(loaded, path, torch.cat([batch['pixel_values'] for batch in batches]))}"
+            _console().print(f"wrote {path}{says}", highlight=False, markup=False, soft_wrap=True)
+            return
+        path = export_onnx(loaded, target, inputs, tolerance=tolerance)
         _console().print(
             f"wrote {path}, equal to the PyTorch model within {tolerance:g}", highlight=False, markup=False
         )
@@ -378,6 +405,29 @@ def _processor(name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name)
     except Exception:  # a checkpoint without one; its errors have no common class
         return None
+
+
+def _calibration(name: str, model: Any, folder: Path) -> list[dict[str, Any]]:
+    """Images of a folder as the model's image processor makes them, in batches of 32."""
+    from PIL import Image
+
+    from .axes import example_inputs_for
+
+    if not folder.is_dir():
+        raise DataError(f"--images: there is no folder {folder}.")
+    processor = _processor(name)
+    if processor is None:
+        raise ModelError(f"--images: {name} has no image processor. Save the one of the dense model beside it.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES)
+    if not files:
+        raise DataError(f"--images: {folder} holds no image ({', '.join(_PICTURES)}).")
+    files = files[:: -(-len(files) // _MOST_PICTURES)]  # from all over the folder, which may be sorted by class
+    mode = "L" if example_inputs_for(model)["pixel_values"].shape[1] == 1 else "RGB"
+    batches = []
+    for start in range(0, len(files), 32):
+        pictures = [Image.open(path).convert(mode) for path in files[start : start + 32]]
+        batches.append({"pixel_values": processor(images=pictures, return_tensors="pt")["pixel_values"]})
+    return batches
 
 
 def _example_inputs(name: str, model: Any, image_size: int | None) -> Any:

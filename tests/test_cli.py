@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -132,6 +133,34 @@ def test_prune_measure_and_export(model: Path, tmp_path: Path) -> None:
     assert (small / "model.onnx").exists()
     call("export", small, "--output", tmp_path / "other.onnx")
     assert (tmp_path / "other.onnx").read_bytes() == (small / "model.onnx").read_bytes()
+
+
+def test_images_of_a_folder_calibrate(model: Path, tmp_path: Path) -> None:
+    import onnx
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        (tmp_path / "images" / str(number)).mkdir(parents=True)
+        pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / str(number) / "picture.PNG")
+    (tmp_path / "images" / "notes.txt").write_text("no picture")
+
+    said = call("export", model, "--int8", "--images", tmp_path / "images", "--output", tmp_path / "int8.onnx")
+    assert "the same class as PyTorch for" in said
+    operators = {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    call("factorize", model, "--macs", 0.7, "--images", tmp_path / "images", "--output", tmp_path / "factors")
+    call("factorize", model, "--macs", 0.7, "--output", tmp_path / "plain")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("factors", "plain")]
+    assert weights[0] != weights[1]
+
+    (tmp_path / "empty").mkdir()
+    asked = ("export", model, "--output", tmp_path / "no.onnx")
+    assert "Add --int8" in call(*asked, "--images", tmp_path / "images", code=1)
+    assert "holds no image" in call(*asked, "--int8", "--images", tmp_path / "empty", code=1)
+    assert "no folder" in call(*asked, "--int8", "--images", tmp_path / "nowhere", code=1)
+    assert not (tmp_path / "no.onnx").exists()
 
 
 def test_a_model_without_a_classifier(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from ..axes.finding import Inputs, run_model, undisturbed
 from ..errors import DataError, ExportError
 from ..quantization.calibration import images_of
 from ..quantization.layers import InputQuantizer, quantizable_layers, quantization_of
-from .onnx import export_onnx, onnx_runner
+from .onnx import export_onnx, onnx_outputs, onnx_runner
+from .outputs import named_outputs
 
 _MOST_IMAGES = 512
 
@@ -38,16 +39,28 @@ class Agreement:
     """How an int8 file compares with the PyTorch model on some images.
 
     Args:
-        argmax: share of images with the same class, 0 to 1.
-        mean_difference: mean absolute difference of a logit.
-        relative_difference: the same, relative to the mean absolute logit.
+        argmax: share of images (of pixels for logits with four dimensions) with the same class, 0 to 1. None where a
+            class of every row means nothing: of detectors, most of whose rows are background, and of models that give
+            one number.
+        mean_difference: mean absolute difference of a number of the first output, such as a logit.
+        relative_difference: the same, relative to the mean absolute number.
         images: how many there were.
     """
 
-    argmax: float
+    argmax: float | None
     mean_difference: float
     relative_difference: float
     images: int
+
+    @property
+    def share(self) -> float:
+        """The agreement in one number: ``argmax``, or what the relative difference leaves of 1."""
+        return 1 - self.relative_difference if self.argmax is None else self.argmax
+
+    def __str__(self) -> str:
+        if self.argmax is None:
+            return f"outputs that differ by {self.relative_difference:.1%} on average"
+        return f"the same class as PyTorch for {self.argmax:.1%}"
 
 
 def export_int8_onnx(
@@ -67,14 +80,15 @@ def export_int8_onnx(
     quantization is what is compared with.
 
     Args:
-        model: a classifier in float32.
+        model: a model in float32 with one of ``OUTPUTS`` at least. What it computes behind its last weights (decoding of
+            boxes, softmax) stays float.
         path: the file to write.
         example_inputs: see :func:`export_onnx`.
         calibration: batches of images, as a ``DataLoader`` gives them, for the static form; at most 512 images are
             used. Without them the dynamic form is written. Convolutional networks need the static one to be faster
             than in float; of transformers both are tried, on one image.
         check_inputs: images [n, channels, height, width] to compare on; the calibration images when not given.
-        min_agreement: smallest accepted share of images with the same class as in PyTorch, 0 to 1.
+        min_agreement: smallest accepted :attr:`Agreement.share`: of images with the same class as in PyTorch, 0 to 1.
         reduce_range: keep weights to seven bits, so that no int16 sum of two products overflows on x86 processors
             without VNNI. By default where this machine is one.
 
@@ -105,12 +119,12 @@ def export_int8_onnx(
             _quantize(whole, file, calibrated_on, reduce_range, _float_layers(model))
             if check is not None:
                 agreements[file] = int8_agreement(model, file, check)
-        usable = [file for file, found in agreements.items() if found.argmax >= min_agreement]
+        usable = [file for file, found in agreements.items() if found.share >= min_agreement]
         if agreements and not usable:
-            found = max(agreements.values(), key=lambda found: found.argmax)
+            found = max(agreements.values(), key=lambda found: found.share)
             raise ExportError(
-                f"the int8 file gives {found.argmax:.1%} of {found.images} images the class that "
-                f"{type(model).__name__} gives them, less than min_agreement={min_agreement}; nothing was written. "
+                f"the int8 file of {type(model).__name__} gives {found} (of {found.images} images), an agreement of "
+                f"{found.share:.3f}, less than min_agreement={min_agreement}; nothing was written. "
                 "Give more calibration images, train with activations=8, or allow less."
             )
         if len(forms) > 1:
@@ -131,17 +145,20 @@ def int8_agreement(model: nn.Module, path: str | Path, images: Tensor, batch: in
         images: [n, channels, height, width].
         batch: images in one call.
     """
-    run = onnx_runner(path)
+    run = onnx_outputs(path)
     parameter = next(model.parameters())
-    expected, found = [], []
+    expected, found, name = [], [], ""
     with undisturbed(model), torch.no_grad():
         for part in images.split(batch):
-            output = run_model(model, part.to(parameter.device, parameter.dtype))
-            expected.append((output if isinstance(output, Tensor) else output.logits).float().cpu())
-            found.append(run(part).float())
+            outputs = named_outputs(run_model(model, part.to(parameter.device, parameter.dtype)))
+            name = next(iter(outputs))
+            expected.append(outputs[name].float().cpu())
+            found.append(run(part)[name].float())
     ours, theirs = torch.cat(expected), torch.cat(found)
     difference = (ours - theirs).abs().mean().item()
-    same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+    same = None
+    if name == "logits" and ours.dim() in (2, 4) and ours.shape[1] > 1:  # classes of an image, or of every pixel
+        same = (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
     return Agreement(same, difference, difference / max(ours.abs().mean().item(), 1e-12), len(ours))
 
 
@@ -208,6 +225,18 @@ def _float_layers(model: nn.Module) -> set[str]:
     return {f"model.{path}.weight" for path in quantizable_layers(model) if path not in chosen}
 
 
+def _behind_the_weights(graph: Any) -> list[str]:
+    """Names of the nodes from which no product follows; eight bits are too few for what boxes are made of."""
+    feeding: set[str] = set()  # tensors on the way to a product
+    behind = []
+    for node in reversed(graph.node):  # sorted, so that whoever reads a tensor comes first here
+        if node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm") or feeding.intersection(node.output):
+            feeding.update(node.input)
+        else:
+            behind.append(node.name)
+    return behind
+
+
 def _quantize(source: Path, target: Path, images: Tensor | None, reduce_range: bool, kept: set[str]) -> None:
     try:
         import onnx
@@ -216,12 +245,13 @@ def _quantize(source: Path, target: Path, images: Tensor | None, reduce_range: b
         raise ExportError(
             "int8 export needs onnx, and onnxruntime with its quantization tools. Try: pip install hf-compress[export]"
         ) from error
-    nodes = onnx.load(source, load_external_data=False).graph.node
+    graph = onnx.load(source, load_external_data=False).graph
+    left = [node.name for node in graph.node if kept.intersection(node.input)] + _behind_the_weights(graph)
     shared = {
         "per_channel": True,
         "weight_type": tools.QuantType.QInt8,
         "reduce_range": reduce_range,
-        "nodes_to_exclude": [node.name for node in nodes if kept.intersection(node.input)],
+        "nodes_to_exclude": left,
     }
     root = logging.getLogger()
     level = root.level

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -145,6 +146,22 @@ def onnx_runner(path: str | Path) -> Callable[[Tensor], Tensor]:
     """:func:`onnx_outputs` for files where one output matters: images -> the first output, ``logits`` where there are some."""
     run = onnx_outputs(path)
     return lambda pixel_values: next(iter(run(pixel_values).values()))
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file in place of the model that it came from, for whatever evaluates that: an output with its names.
+
+    Raises:
+        ExportError: when ONNX Runtime is missing or cannot read the file.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        self._run = onnx_outputs(path)
+
+    def forward(self, pixel_values: Tensor, **others: Any) -> SimpleNamespace:
+        """[n, channels, height, width] -> an object with the file's outputs as attributes; masks of padding are unknown."""
+        return SimpleNamespace(**self._run(pixel_values))
 
 
 class _OutputsOnly(nn.Module):

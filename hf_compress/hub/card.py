@@ -108,8 +108,8 @@ class CardContent:
         license: identifier that the Hub knows, for example ``apache-2.0``.
         reload_max_abs_diff: largest difference of any output after ``from_pretrained`` in a new process.
         onnx_max_abs_diff: largest difference of any output between ONNX Runtime and PyTorch.
-        int8: of model_int8.onnx: ``latency_ms``, ``argmax`` (share of images with PyTorch's class), ``images`` and
-            ``relative_difference`` of logits.
+        int8: of model_int8.onnx: ``latency_ms``, ``argmax`` (share of images with PyTorch's class, or None), ``images``,
+            ``relative_difference`` of outputs, and the task's figures.
         notes: sentences on limits and fairness.
         plots: file name of a picture in the card's folder -> what it shows.
         recipe: the recipe as YAML.
@@ -135,7 +135,7 @@ class CardContent:
     license: str | None = None
     reload_max_abs_diff: float | None = None
     onnx_max_abs_diff: float | None = None
-    int8: Mapping[str, float] | None = None
+    int8: Mapping[str, float | None] | None = None
     notes: Sequence[str] = ()
     plots: Mapping[str, str] = field(default_factory=dict)
     recipe: str = ""
@@ -296,13 +296,22 @@ def _checks(card: CardContent) -> str:
         shown = _difference(card.onnx_max_abs_diff)
         lines.append(f"- `model.onnx` in ONNX Runtime against PyTorch: {what} {shown}.")
     if card.int8 is not None:
-        found = card.int8
-        lines.append(
-            f"- `model_int8.onnx` in ONNX Runtime, {found['latency_ms']:#.3g}{_SPACE}ms for one image: the same class as "
-            f"PyTorch for {100 * found['argmax']:.1f}{_SPACE}% of {found['images']} test images; logits differ by "
-            f"{100 * found['relative_difference']:.1f}{_SPACE}% on average."
-        )
+        lines.append(f"- {_int8(card.int8, _TASKS[card.task])}")
     return "\n".join(["## Checked", "", *lines]) if lines else ""
+
+
+def _int8(found: Mapping[str, float | None], task: _Task) -> str:
+    says = f"`model_int8.onnx` in ONNX Runtime, {found['latency_ms']:#.3g}{_SPACE}ms for one image: "
+    for key, (_, name) in task.figures.items():
+        value = found.get(key)
+        if value is not None:  # the first is the one that models of the task are compared by
+            shown = f"{100 * value:.2f}{_SPACE}%" if task.is_share else f"{value:.4f}"
+            says += f"{name if name.startswith('m') else name[:1].lower() + name[1:]} {shown}; "
+            break
+    same, difference = found["argmax"], found["relative_difference"] or 0.0
+    if same is not None:
+        says += f"the same class as PyTorch for {100 * same:.1f}{_SPACE}% of {found['images']} test images; "
+    return f"{says}outputs differ by {100 * difference:.1f}{_SPACE}% on average."
 
 
 def _difference(value: float) -> str:

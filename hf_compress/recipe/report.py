@@ -39,7 +39,7 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     Returns:
         Notes for ``done.json``: which stage's model is the dense one, and its metrics.
     """
-    from ..export import export_onnx, int8_agreement, onnx_difference, onnx_outputs
+    from ..export import OnnxModel, export_onnx, int8_agreement, onnx_difference, onnx_outputs
     from ..measurement import checkpoint_bytes, compare_latency, count_macs, describe_machine
 
     stage = prepared.recipe.stages[index]
@@ -68,6 +68,7 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
         if int8_file.exists():
             int8 = {"latency_ms": onnx_times.pop("int8"), "bytes": int8_file.stat().st_size}
             int8 |= asdict(int8_agreement(models["compressed"], int8_file, _many_pixels(prepared)))
+            int8 |= prepared.task.measure(OnnxModel(int8_file), prepared.split("test"))
         onnx_max_abs_diff = onnx_difference(models["compressed"], exported, pixels)
         dense_file.unlink()
     expected = load_file(paths["compressed"].parent / OUTPUTS_FILE)  # before it was saved

@@ -799,9 +799,10 @@ class ExportStage(Section):
 
     Attributes:
         tolerance: largest difference of any output (a logit, or a box as a share of the image) that is accepted.
-        int8: also write model_int8.onnx, whose class is compared with PyTorch's on test images.
+        int8: also write model_int8.onnx, which is compared with PyTorch and evaluated on test images.
         calibration_images: training images that the ranges of its activations come from.
-        min_agreement: smallest accepted share of test images with the same class.
+        min_agreement: smallest accepted agreement: share of test images, or of their pixels, with the same class; of
+            detectors and regressors 1 less the relative difference of outputs.
     """
 
     stage: Literal["export"]
@@ -954,7 +955,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Iter
     except ValidationError as error:
         raise RecipeError("\n".join(_message(source, detail) for detail in error.errors())) from None
     loaded._source = source
-    checks = (_task_problems, _stage_problems, _training_problems, _order_problems)
+    checks = (_task_problems, _training_problems, _order_problems)
     problems = [problem for check in checks for problem in check(loaded)]
     if problems:
         raise RecipeError("\n".join(problems))
@@ -1055,10 +1056,6 @@ def _task_problems(recipe: Recipe) -> list[str]:
             found.append(
                 f"{recipe.where('stages', index)}: distill compares classifiers; the recipe's task is {recipe.task}."
             )
-        if recipe.task != "image-classification" and isinstance(stage, ExportStage) and stage.int8:
-            found.append(
-                f"{recipe.where('stages', index, 'int8')}: is for classifiers; the recipe's task is {recipe.task}."
-            )
     return found
 
 
@@ -1119,22 +1116,6 @@ def _eye_problems(recipe: Recipe) -> list[str]:
     if eyes is not None and eyes.folder is not None and "weak" in eyes.model_fields_set:
         problems["eyes"] = "has both `weak` and `folder`; the folder takes the place of the rendered weak labels."
     return [f"{recipe.where('data', field)}: {text}" for field, text in problems.items()]
-
-
-def _stage_problems(recipe: Recipe) -> list[str]:
-    """Stages, and fields of stages, that the recipe's task does not have."""
-    if recipe.task == "image-classification":
-        return []
-    found = []
-    for index, stage in enumerate(recipe.stages):
-        if isinstance(stage, DistillStage):
-            where, what = recipe.where("stages", index), "distill compares classifiers"
-        elif isinstance(stage, ExportStage) and stage.int8:
-            where, what = recipe.where("stages", index, "int8"), "it is for classifiers"
-        else:
-            continue
-        found.append(f"{where}: {what}; the recipe's task is {recipe.task}.")
-    return found
 
 
 def _order_problems(recipe: Recipe) -> list[str]:

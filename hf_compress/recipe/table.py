@@ -53,11 +53,21 @@ def comparison(metrics: dict[str, Any], title: str) -> Group:
         times = metrics["dense"]["onnx_latency_ms"], int8["latency_ms"]
         change = _change("int8_ms", *times)
         speed = "as fast as" if change == "the same" else f"{change} than"
+        key, label = next((key, label) for key, label in _ROWS if key in int8)
         lines.append(
-            f"ONNX in int8: {times[1]:.3f} ms per image, {speed} dense float; the same class as "
-            f"PyTorch for {100 * int8['argmax']:.1f} % of {int8['images']} test images"
+            f"ONNX in int8: {label} {_number(key, int8[key])}; {times[1]:.3f} ms per image, {speed} dense float; {agreement(int8)}"
         )
     return Group(table, Text("\n".join(lines), style="dim"))
+
+
+def agreement(int8: dict[str, Any]) -> str:
+    """How an int8 file answers against PyTorch, in words."""
+    if int8["argmax"] is None:
+        return (
+            f"outputs differ from PyTorch's by {100 * int8['relative_difference']:.1f} % on average over "
+            f"{int8['images']} test images"
+        )
+    return f"the same class as PyTorch for {100 * int8['argmax']:.1f} % of {int8['images']} test images"
 
 
 def _number(key: str, value: float) -> str:

@@ -206,9 +206,10 @@ def test_bits_and_int8_are_told(tmp_path):
         plots={},
         dense={**DENSE, "weights_bits": 32, "activations_bits": 32},
         compressed={**SMALL, "weights_bits": 4, "activations_bits": 8},
-        int8={"latency_ms": 0.25, "argmax": 0.9962, "relative_difference": 0.012, "images": 1000},
+        int8={"latency_ms": 0.25, "argmax": 0.9962, "relative_difference": 0.012, "images": 1000, "accuracy": 0.981},
     )
     text = write_card(tmp_path, content).read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
     assert "| Bits of weights | 32 | 4 |" in text.replace("32.0", "32").replace("4.00", "4")
     assert "33 % of the parameters and 33 % of the bytes" in text
     assert "`model_int8.onnx` in ONNX Runtime, 0.250 ms" in text and "99.6 % of 1000 test images" in text
+    assert "for one image: accuracy 98.10 %; the same class" in text

@@ -55,6 +55,28 @@ def test_the_folder_holds_what_was_promised(finished: tuple[Path, Any]) -> None:
     assert [entry["step"] for entry in history if "eval_map" in entry] == [2, 4]
 
 
+def test_boxes_of_the_int8_file_are_made_in_float(finished: tuple[Path, Any]) -> None:
+    import onnx
+    from transformers import AutoModelForObjectDetection
+
+    from hf_compress.export import onnx_outputs
+
+    output, result = finished
+    int8 = result.metrics["int8"]
+    assert int8["argmax"] is None and int8["relative_difference"] < 0.5  # most rows of a detector are background
+    assert {"map", "map_50", "latency_ms", "bytes", "images"} <= set(int8)
+    graph = onnx.load(output / "model_int8.onnx").graph
+    makers = {name: node for node in graph.node for name in node.output}
+    assert not any(makers[output.name].op_type == "DequantizeLinear" for output in graph.output)
+    model = AutoModelForObjectDetection.from_pretrained(output).eval()
+    pixels = torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).pred_boxes
+    found = onnx_outputs(output / "model_int8.onnx")(pixels)["pred_boxes"]
+    # a centre in 8 bits of its own would be off by up to 1/512 of the image alone, and stand on a grid of 256 places
+    assert (found - expected).abs().mean() < 0.02 and len(found[..., 0].unique()) > 100
+
+
 def test_a_quarter_of_every_kind_is_gone(finished: tuple[Path, Any]) -> None:
     from transformers import AutoModelForObjectDetection
 

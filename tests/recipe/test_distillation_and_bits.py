@@ -48,6 +48,9 @@ def test_a_quantized_student_of_an_earlier_stage(distilled: tuple[Path, Any, lis
     assert metrics["compressed"]["bytes"] == (output / "model.safetensors").stat().st_size
     assert metrics["compressed"]["bytes"] < 0.6 * metrics["dense"]["bytes"]  # a third of these few weights is float
     assert metrics["int8"]["images"] == 32 and 0.1 <= metrics["int8"]["argmax"] <= 1
+    # where the classes agree for a share of the images, accuracies cannot be further apart than the rest
+    apart = abs(metrics["int8"]["accuracy"] - metrics["compressed"]["accuracy"])
+    assert apart <= 1 - metrics["int8"]["argmax"] + 1e-9
     assert metrics["int8"]["latency_ms"] > 0 and metrics["int8"]["bytes"] == (output / "model_int8.onnx").stat().st_size
     assert quantized(output)["weights"] == 4 and quantized(output)["format"] == "packed"
     with safe_open(output / "model.safetensors", "pt") as tensors:
@@ -229,9 +232,9 @@ def test_names_that_an_earlier_stage_makes_are_not_looked_for_too_early(tmp_path
 def test_other_tasks_have_no_distillation() -> None:
     from tiny import tiny_detection
 
-    for stage, word in (({**DISTILL}, "distill"), ({"stage": "export", "int8": True}, "int8")):
-        with pytest.raises(HfCompressError, match=f"{word}.*object-detection"):
-            load_recipe(tiny_detection(stages=[{"stage": "train", "steps": 1}, stage]))
+    with pytest.raises(HfCompressError, match=r"distill.*object-detection") as found:
+        load_recipe(tiny_detection(stages=[{"stage": "train", "steps": 1}, {**DISTILL}]))
+    assert str(found.value).count("distill compares classifiers") == 1
 
 
 @pytest.mark.parametrize("data", ["cifar10", "cifar100"])

@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
         {"stage": "prune", "macs": 0.5},
         {"stage": "quantize", "weights": 4},
         {"stage": "finetune", "steps": 1},
-        "export",
+        {"stage": "export", "int8": True, "calibration_images": 16, "min_agreement": 0.5},
         "report",
     ],
 }
@@ -58,6 +58,10 @@ def test_a_whole_run(tmp_path: Path) -> None:
     for words in ("Not a medical and not a safety device", "real faces was not measured", "thirds of skin tone"):
         assert words in card
     assert "Mean absolute error" in card and 'pipeline(\n    "eye-openness"' in card
+    int8 = result.metrics["int8"]
+    assert int8["argmax"] is None and 0 < int8["relative_difference"] < 0.5  # one number has no class
+    assert int8["mae"] == pytest.approx(result.metrics["compressed"]["mae"], abs=0.1)
+    assert f"mean absolute error {int8['mae']:.4f}" in card
     session = onnxruntime.InferenceSession(tmp_path / "run" / "model.onnx")
     assert {output.name for output in session.get_outputs()} == {"logits", "openness", "aperture_ratio"}
     again = run_recipe(recipe(), output=tmp_path / "run")

@@ -52,7 +52,7 @@ def tiny(**changes: Any) -> dict[str, Any]:
             },
             {"stage": "prune", "macs": 0.8},
             {"stage": "finetune", "steps": 2},
-            "export",
+            {"stage": "export", "int8": True, "calibration_images": 16, "min_agreement": 0.5},
             {"stage": "report", "latency_rounds": 1},
         ],
     }
@@ -66,6 +66,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 # -- a whole run --------------------------------------------------------------------------------------------------
+
+
+def test_the_int8_file_is_measured(finished: tuple[Path, Any]) -> None:
+    output, result = finished
+    int8 = result.metrics["int8"]
+    assert 0.5 <= int8["argmax"] <= 1  # of pixels
+    # rounding to 8 bits moves few of the pixels of this network, which has hardly been trained
+    assert int8["pixel_accuracy"] == pytest.approx(result.metrics["compressed"]["pixel_accuracy"], abs=0.2)
+    assert (output / "model_int8.onnx").exists()
 
 
 def test_the_folder_holds_what_was_promised(finished: tuple[Path, Any]) -> None:

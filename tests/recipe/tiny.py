@@ -88,7 +88,7 @@ DETECTION: dict[str, Any] = {
         },
         {"stage": "prune", "support": True},
         {"stage": "finetune", "steps": 2},
-        "export",
+        {"stage": "export", "int8": True, "calibration_images": 16, "min_agreement": 0.5},
         {"stage": "report", "latency_rounds": 1},
     ],
 }
