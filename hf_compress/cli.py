@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _HELP = "Make Hugging Face vision models smaller, and keep them ordinary Hugging Face models."
 _DEBUG = "HF_COMPRESS_DEBUG"
 _PICTURES, _MOST_PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp"), 256
-_HEADS = ("ForImageClassification", "ForObjectDetection", "ForSemanticSegmentation")
 
 app = typer.Typer(help=_HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -382,20 +381,9 @@ def _say(console: Console) -> Any:
 
 
 def _load(name: str) -> Any:
-    """A classifier or a detector as the checkpoint names it, or the bare model where there is no head."""
-    import transformers
+    from .hub.loading import load_as_saved
 
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ModelError(f"there is no folder {name}. Give a folder that save_pretrained wrote, or a Hub id.")
-    try:
-        saved = transformers.AutoConfig.from_pretrained(name).architectures or []
-        head = next((head for head in _HEADS if any(kind.endswith(head) for kind in saved)), "")
-        return getattr(transformers, f"AutoModel{head}").from_pretrained(name).eval()
-    except HfCompressError:
-        raise
-    except Exception as error:  # a missing folder, the network, a damaged file: no common class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name} cannot be loaded: {reason}") from error
+    return load_as_saved(name).eval()
 
 
 def _processor(name: str) -> Any:

@@ -150,6 +150,47 @@ def logit_distillation(student: Tensor, teacher: Tensor, loss: LogitLoss = "mse"
         return divergence.mean() * temperature**2
 
 
+def box_distillation(student: Tensor, teacher: Tensor, confidence: Tensor) -> Tensor:
+    """How far the boxes of a student are from a teacher's, where the teacher sees something.
+
+    Most rows of a detector are background, and their boxes mean nothing, so that rows count by the teacher's confidence.
+    Not in the FAQD paper, which has no detectors.
+
+    Args:
+        student, teacher: [batch, rows, 4], centre and size as shares of the image.
+        confidence: [batch, rows], at least 0, of the teacher that a row is an object.
+
+    Returns:
+        scalar: the sum of the four absolute differences, its mean over rows weighted by confidence.
+
+    Raises:
+        MethodError: when the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise MethodError(
+            f"the student's boxes are {list(student.shape)} and the teacher's {list(teacher.shape)}. Both need the same "
+            "grid of points or number of queries; set box_weight=0 and kd_weight=0 to compare features alone."
+        )
+    with full_precision(student):
+        distance = (as_wide(student) - as_wide(teacher)).abs().sum(-1)
+        weight = as_wide(confidence)
+        return (distance * weight).sum() / weight.sum().clamp(min=1e-6)  # all 0: nothing is seen, and nothing is far
+
+
+def foreground(logits: Tensor, classes: int) -> Tensor:
+    """How sure a detector is that a row is an object, [batch, rows], 0 to 1.
+
+    Args:
+        logits: [batch, rows, classes], of which each stands for itself (sigmoid); or one more, the last for nothing being
+            there, as DETR has it (softmax).
+        classes: number of classes.
+    """
+    wide = as_wide(logits)
+    if logits.shape[-1] == classes + 1:
+        return wide.softmax(-1)[..., :-1].amax(-1)
+    return wide.sigmoid().amax(-1)
+
+
 def unit_pixels(features: Tensor) -> Tensor:
     """Every pixel scaled to unit length, in float32 at least: [batch, n, channels]."""
     wide = as_wide(features)

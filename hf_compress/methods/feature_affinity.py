@@ -15,7 +15,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForImageClassification,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -33,12 +32,15 @@ from hf_compress.distillation.losses import (
     Norm,
     affinity,
     as_wide,
+    box_distillation,
     fast_feature_affinity,
     feature_affinity,
+    foreground,
     full_precision,
     logit_distillation,
 )
 from hf_compress.errors import MethodError, ModelError
+from hf_compress.hub.loading import load_as_saved
 
 from .axis_callback import check_number
 from .checkpoint_names import own_names_in_checkpoints
@@ -51,7 +53,8 @@ class FeatureAffinityDistillation(PreTrainedModel):
     """Student and teacher, whose forward pass returns the loss that the student is trained with.
 
     The loss is ``kd_weight`` times the distance of the logits, plus ``affinity_weight`` times the sum over features of the
-    distance of their affinities, plus ``label_weight`` times the student's own loss. Pass it to ``Trainer`` as the model;
+    distance of their affinities, plus ``label_weight`` times the student's own loss; of detectors also ``box_weight``
+    times the distance of the boxes. Classifiers, segmenters, detectors and regressors with ``logits`` will do. Pass it to ``Trainer`` as the model;
     with ``label_weight=0`` labels are not read, and the data need not have any. Train in low bits by adding
     :class:`~hf_compress.QuantizationAwareTrainingCallback`, and have the parts of the loss logged by
     :class:`~hf_compress.DistillationCallback`; both, like all callbacks of this package, act on the student.
@@ -65,10 +68,13 @@ class FeatureAffinityDistillation(PreTrainedModel):
 
     Args:
         student: the model to train, in any state: new, trained, pruned, or quantized.
-        teacher: a model, or a folder or Hub id of an image classifier.
+        teacher: a model, or its folder or Hub id.
         kd_weight, affinity_weight, label_weight: weights of the three terms, at least 0. The released code has 1, 0.1
             and 0 (or 0.3 with labels), where its affinity is ``norm="l1"`` summed over a batch of 100, so that its 0.1
             corresponds to 10 here.
+        box_weight: of what detectors return as ``pred_boxes``, see :func:`~.losses.box_distillation`. Rows are compared one
+            by one, so both need the same grid of points, or the student has to come from its teacher. 5 is what DETR gives
+            this distance in its own loss; not in the paper, which has no detectors.
         kd_loss, temperature: see :func:`~.losses.logit_distillation`.
         fast: random projection instead of the exact affinity loss.
         projections, norm: see :func:`~.losses.fast_feature_affinity`.
@@ -111,6 +117,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
         kd_weight: float = 1.0,
         affinity_weight: float = 10.0,
         label_weight: float = 0.0,
+        box_weight: float = 5.0,
         kd_loss: LogitLoss = "mse",
         temperature: float = 3.0,
         fast: bool = True,
@@ -123,7 +130,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
         example_inputs: Inputs = None,
     ):
         weights = {"kd_weight": kd_weight, "affinity_weight": affinity_weight, "label_weight": label_weight}
-        for name, weight in weights.items():
+        for name, weight in {**weights, "box_weight": box_weight}.items():
             check_number(name, weight, minimum=0)
         check_number("temperature", temperature, minimum=0, is_open=True)
         check_number("projections", projections, minimum=1)
@@ -143,6 +150,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
         super().__init__(student.config)
         self.student = student
         self.kd_weight, self.affinity_weight, self.label_weight = kd_weight, affinity_weight, label_weight
+        self.box_weight = box_weight
         self.kd_loss, self.temperature = kd_loss, temperature
         self.fast, self.projections, self.norm = fast, projections, norm
         self.resizing = resizing
@@ -176,32 +184,37 @@ class FeatureAffinityDistillation(PreTrainedModel):
         else:
             self._first_config = config
 
-    def forward(self, pixel_values: Tensor, labels: Any = None) -> Any:
+    def forward(self, pixel_values: Tensor, labels: Any = None, pixel_mask: Tensor | None = None, **others: Any) -> Any:
         """The student's output, with the loss of distillation.
 
         Args:
             pixel_values: float [batch, channels, height, width].
             labels: what the student takes; read only with ``label_weight`` above 0.
+            pixel_mask: of detectors that take padded images: [batch, height, width].
+            others: labels of other names that the student takes.
 
         Raises:
             MethodError: when ``label_weight`` is above 0 and there are no labels in training.
         """
         parts: dict[str, Tensor] = {}
-        inputs = {}
-        if self.label_weight:
-            if labels is not None:
-                inputs["labels"] = labels
-            elif self.training:
-                raise MethodError(
-                    f"label_weight={self.label_weight} needs labels, and the batch has none. Set label_weight=0 to train "
-                    "without, or keep the data's label column."
-                )
-        ours, outputs = self._features_of(self.student, 0, pixel_values, **inputs)
+        shared = {} if pixel_mask is None else {"pixel_mask": pixel_mask}
+        given = {} if labels is None else {"labels": labels}
+        given |= {name: value for name, value in others.items() if value is not None}
+        has_labels = bool(self.label_weight and given)
+        if self.label_weight and not given and self.training:
+            raise MethodError(
+                f"label_weight={self.label_weight} needs labels, and the batch has none. Set label_weight=0 to train "
+                "without, or keep the data's label column."
+            )
+        ours, outputs = self._features_of(self.student, 0, pixel_values, **shared, **(given if has_labels else {}))
         with torch.no_grad():
-            theirs, expected = self._features_of(self._teacher_on(pixel_values), 1, pixel_values)
+            theirs, expected = self._features_of(self._teacher_on(pixel_values), 1, pixel_values, **shared)
         if self.kd_weight:
             distance = logit_distillation(outputs.logits, expected.logits, self.kd_loss, self.temperature)
             parts["kd_loss"] = self.kd_weight * distance
+        if self.box_weight and self.compares_boxes:
+            confidence = foreground(expected.logits, len(self.teacher.config.id2label))
+            parts["box_loss"] = self.box_weight * box_distillation(outputs.pred_boxes, expected.pred_boxes, confidence)
         adaptors: Any = getattr(self.student, ADAPTORS, None)
         generator = None if self.training else torch.Generator(pixel_values.device).manual_seed(0)
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
@@ -217,7 +230,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
             distances.append(self._distance(mine, its, generator))
         if distances:
             parts["affinity_loss"] = self.affinity_weight * torch.stack(distances).sum()
-        if "labels" in inputs:
+        if has_labels and outputs.loss is not None:
             parts["label_loss"] = self.label_weight * as_wide(outputs.loss)
         if self.training:
             details = zip([_name(*pair) for pair in self.pairs], distances, strict=True)
@@ -253,7 +266,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
     def take_parts(self) -> dict[str, Tensor]:
         """The mean of every part of the loss over the training passes since the last call; scalars on the device.
 
-        ``kd_loss``, ``affinity_loss`` and ``label_loss`` with their weights, so that they add up to the loss; and
+        ``kd_loss``, ``box_loss``, ``affinity_loss`` and ``label_loss`` with their weights, so that they add up to the loss; and
         ``affinity/<feature>`` for every feature, without one.
         """
         found = {name: value / self._count for name, value in self._sums.items()}
@@ -355,6 +368,7 @@ class FeatureAffinityDistillation(PreTrainedModel):
                 if ours is None or theirs is None:
                     raise ModelError("kd_weight above 0 needs models that return logits. Set kd_weight=0.")
                 logit_distillation(ours, theirs, self.kd_loss, self.temperature)
+            self.compares_boxes = self.kd_weight > 0 and all("pred_boxes" in output for output in outputs.values())
             if pairs is None:
                 counts = [
                     len(_states(model, whose, image))
@@ -389,7 +403,7 @@ class Adaptor(nn.Module):
 class DistillationCallback(TrainerCallback, ExportableState):
     """Log the parts of the loss of :class:`FeatureAffinityDistillation`, and leave a clean student when training ends.
 
-    ``kd_loss``, ``affinity_loss`` and ``label_loss`` go to Trainer's logs, as means since the last log and over processes,
+    ``kd_loss``, ``box_loss``, ``affinity_loss`` and ``label_loss`` go to Trainer's logs, as means since the last log and over processes,
     with their weights; the affinity loss of every feature goes to ``state.log_history``, without one. For reporters
     (TensorBoard and the like) call :func:`hf_compress.report_first`.
 
@@ -453,12 +467,10 @@ def _loaded_teacher(teacher: Any, dtype: torch.dtype | str | None) -> Any:
         raise MethodError(f"teacher_dtype={dtype!r} is not possible; give torch.bfloat16, for example.")
     if isinstance(teacher, (str, Path)):
         try:
-            teacher = AutoModelForImageClassification.from_pretrained(teacher)
-        except Exception as error:  # a missing folder, the network, a damaged file: no common class
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            teacher = load_as_saved(teacher)
+        except ModelError as error:
             raise ModelError(
-                f"the teacher {str(teacher)!r} cannot be loaded: {reason} Pass a folder that save_pretrained wrote, a Hub "
-                "id, or the model itself."
+                f"the teacher: {error} Pass a folder that save_pretrained wrote, a Hub id, or the model itself."
             ) from error
     elif not isinstance(teacher, PreTrainedModel):
         raise ModelError(

@@ -621,7 +621,7 @@ class DistillStage(Training):
         teacher_stage: name or number (from 0) of an earlier stage, whose model is the teacher.
         student: ``last`` trains the model of the stage before; ``start`` the one from before the first stage.
         quantize: train in these bits.
-        kd_weight, affinity_weight, label_weight, kd_loss, temperature, fast, projections, norm, features, resizing,
+        kd_weight, affinity_weight, label_weight, box_weight, kd_loss, temperature, fast, projections, norm, features, resizing,
             adaptors, teacher_dtype: as for ``FeatureAffinityDistillation``.
     """
 
@@ -633,6 +633,7 @@ class DistillStage(Training):
     kd_weight: Annotated[float, Field(ge=0)] = 1.0
     affinity_weight: Annotated[float, Field(ge=0)] = 10.0
     label_weight: Annotated[float, Field(ge=0)] = 0.0
+    box_weight: Annotated[float, Field(ge=0)] = 5.0
     kd_loss: Literal["mse", "kl"] = "mse"
     temperature: Annotated[float, Field(gt=0)] = 3.0
     fast: bool = True
@@ -668,6 +669,7 @@ class DistillStage(Training):
             "kd_weight",
             "affinity_weight",
             "label_weight",
+            "box_weight",
             "kd_loss",
             "temperature",
             "fast",
@@ -1049,14 +1051,8 @@ def _training_problems(recipe: Recipe) -> list[str]:
 
 
 def _task_problems(recipe: Recipe) -> list[str]:
-    """Fields and stages that mean nothing for the recipe's task."""
-    found = _eye_problems(recipe) if recipe.task == "eye-openness" else _data_problems(recipe)
-    for index, stage in enumerate(recipe.stages):
-        if recipe.task != "image-classification" and isinstance(stage, DistillStage):
-            found.append(
-                f"{recipe.where('stages', index)}: distill compares classifiers; the recipe's task is {recipe.task}."
-            )
-    return found
+    """Fields that mean nothing for the recipe's task."""
+    return _eye_problems(recipe) if recipe.task == "eye-openness" else _data_problems(recipe)
 
 
 def _data_problems(recipe: Recipe) -> list[str]:

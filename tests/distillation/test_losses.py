@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_compress.distillation import affinity, fast_feature_affinity, feature_affinity, logit_distillation
-from hf_compress.distillation.losses import unit_pixels
+from hf_compress.distillation.losses import box_distillation, foreground, unit_pixels
 from hf_compress.errors import MethodError
 
 
@@ -219,3 +219,24 @@ def test_bad_input(call, words):
     with pytest.raises(MethodError) as caught:
         call()
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+# -- boxes ------------------------------------------------------------------------------------------------------------
+
+
+def test_boxes_count_by_the_teachers_confidence():
+    theirs = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours = theirs.clone()
+    ours[0, 0] += torch.tensor([0.1, -0.1, 0.2, 0.0], dtype=torch.float64)  # a distance of 0.4
+    ours[1, 2] += 10
+    confidence = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    assert box_distillation(ours, theirs, confidence) == pytest.approx(0.4 * 0.5 / 2.0, rel=1e-12)
+    assert box_distillation(ours, theirs, torch.zeros(2, 3)) == 0  # nothing is there
+    with pytest.raises(MethodError, match=r"\[2, 2, 4\].*\[2, 3, 4\]"):
+        box_distillation(ours[:, :2], theirs, confidence)
+
+
+def test_foreground_of_both_kinds_of_detectors():
+    logits = torch.tensor([[[0.0, 2.0, -1.0], [-3.0, -4.0, 5.0]]])
+    assert torch.allclose(foreground(logits, 3), torch.tensor([[2.0, 5.0]]).sigmoid())
+    assert torch.allclose(foreground(logits, 2), logits.softmax(-1)[..., :2].amax(-1))

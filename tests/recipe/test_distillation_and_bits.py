@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from tiny import tiny
 
-from hf_compress.errors import DataError, HfCompressError, MethodError, ModelError, RecipeError
+from hf_compress.errors import DataError, MethodError, ModelError, RecipeError
 from hf_compress.recipe import load_recipe, run_recipe
 from hf_compress.recipe.schema import bits_of_training
 
@@ -229,12 +229,31 @@ def test_names_that_an_earlier_stage_makes_are_not_looked_for_too_early(tmp_path
         )
 
 
-def test_other_tasks_have_no_distillation() -> None:
+@pytest.mark.parametrize("task", ["object-detection", "image-segmentation", "eye-openness"])
+def test_other_tasks_distil_too(task: str, tmp_path: Path) -> None:
+    """Without labels, under the model of an earlier stage, in four bits."""
+    from test_eye_openness_recipe import recipe as eyes
+    from test_segmentation_recipe import tiny as tiny_segmentation
     from tiny import tiny_detection
 
-    with pytest.raises(HfCompressError, match=r"distill.*object-detection") as found:
-        load_recipe(tiny_detection(stages=[{"stage": "train", "steps": 1}, {**DISTILL}]))
-    assert str(found.value).count("distill compares classifiers") == 1
+    make = {"object-detection": tiny_detection, "image-segmentation": tiny_segmentation, "eye-openness": eyes}[task]
+    stages = [
+        {"stage": "train", "steps": 2},
+        {"stage": "prune", "macs": 0.7},
+        {"stage": "quantize", "weights": 4},
+        {"stage": "distill", "steps": 3, "teacher_stage": "train", "training": {"logging_steps": 1}},
+        {"stage": "report", "latency_rounds": 1},
+    ]
+    result = run_recipe(make(stages=stages), output=tmp_path / "run")
+    assert result.metrics is not None and result.metrics["compressed"]["weights_bits"] == 4
+    assert result.metrics["reload_max_abs_diff"] == 0
+    (folder,) = (tmp_path / "run" / "stages").glob("*-distill")
+    history = [entry for entry in json.loads((folder / "history.json").read_text()) if "kd_loss" in entry]
+    assert len(history) == 3 and all(entry["affinity_loss"] > 0 for entry in history)
+    assert all(("box_loss" in entry) == (task == "object-detection") for entry in history)
+    for entry in history:
+        parts = [entry[name] for name in ("kd_loss", "affinity_loss", "box_loss") if name in entry]
+        assert entry["loss"] == pytest.approx(sum(parts), rel=1e-4)
 
 
 @pytest.mark.parametrize("data", ["cifar10", "cifar100"])
