@@ -330,32 +330,43 @@ def verdicts(rows: list[Record]) -> str:
     return "\n".join(lines)
 
 
+NEAR = 4.0  # points below dense that the lower row of panels shows
+
+
 def plot(rows: list[Record], path: Path) -> None:
-    """Accuracy without fine-tuning over the speed-up in MACs; a panel for each model and scheme."""
+    """Accuracy without fine-tuning over the speed-up in MACs; a column for each model and scheme, the lower row near dense."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(kind, scheme) for kind, model in KINDS.items() for scheme in model.schemes]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 4), squeeze=False)
-    for (kind, scheme), panel in zip(panels, axes[0], strict=True):
+    done = {row["model"] for row in rows}
+    columns = [(kind, scheme) for kind, model in KINDS.items() for scheme in model.schemes if kind in done]
+    figure, axes = pyplot.subplots(2, len(columns), figsize=(4.4 * len(columns), 6.4), squeeze=False, sharex="col")
+    colours = {name: f"C{number}" for number, name in enumerate(METHODS)}
+    handles: dict[str, Any] = {}
+    for (kind, scheme), pair in zip(columns, axes.T, strict=True):
         dense = next((r["before"] for r in rows if r["model"] == kind and r["method"] == "dense"), None)
+        for panel in pair:
+            if dense is not None:
+                handles["dense"] = panel.axhline(dense, color="0.6", linewidth=1)
+            for name, method in METHODS.items():
+                shown = [r for r in rows if (r["model"], r["method"]) == (kind, name) and r["scheme"] in (scheme, "-")]
+                if name == "dense" or not shown:
+                    continue
+                handles[method.label] = panel.errorbar(
+                    [1 / row["macs"] for row in shown], [r["before"] for r in shown], [r["before_std"] for r in shown],
+                    marker="o", capsize=3, color=colours[name],
+                )  # fmt: skip
+            panel.grid(alpha=0.3)
+        pair[0].set_title(f"{kind}, {scheme}")
+        pair[1].set_xlabel("speed-up in MACs")
         if dense is not None:
-            panel.axhline(dense, color="0.6", linewidth=1, label="dense")
-        for name, method in METHODS.items():
-            shown = [r for r in rows if (r["model"], r["method"]) == (kind, name) and r["scheme"] in (scheme, "-")]
-            if name == "dense" or not shown:
-                continue
-            x = [1 / row["macs"] for row in shown]
-            panel.errorbar(
-                x, [r["before"] for r in shown], [r["before_std"] for r in shown], marker="o", capsize=3,
-                label=method.label,
-            )  # fmt: skip
-        panel.set(title=f"{kind}, {scheme}", xlabel="speed-up in MACs", ylabel="test accuracy, %, no fine-tuning")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    figure.tight_layout()
+            pair[1].set_ylim(dense - NEAR, dense + 0.5)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("test accuracy, %, no fine-tuning")
+    figure.legend([*handles.values()], [*handles], loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     write_figure(path, figure)
 
 
