@@ -19,15 +19,17 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..axes.finding import Inputs, run_model, undisturbed
 from ..errors import DataError, ExportError
 from ..quantization.calibration import images_of
-from ..quantization.layers import InputQuantizer, quantizable_layers, quantization_of
+from ..quantization.layers import BOUNDS, FrozenWeight, InputQuantizer, quantizable_layers, quantization_of
+from ..quantization.quantizers import affine_of
 from .onnx import export_onnx, onnx_outputs, onnx_runner
 from .outputs import named_outputs
 
@@ -116,7 +118,7 @@ def export_int8_onnx(
             forms.append((written.with_name("dynamic.onnx"), None))
         agreements: dict[Path, Agreement] = {}
         for file, calibrated_on in forms:
-            _quantize(whole, file, calibrated_on, reduce_range, _float_layers(model))
+            _quantize(model, whole, file, calibrated_on, reduce_range)
             if check is not None:
                 agreements[file] = int8_agreement(model, file, check)
         usable = [file for file, found in agreements.items() if found.share >= min_agreement]
@@ -237,7 +239,65 @@ def _behind_the_weights(graph: Any) -> list[str]:
     return behind
 
 
-def _quantize(source: Path, target: Path, images: Tensor | None, reduce_range: bool, kept: set[str]) -> None:
+def _own_grids(model: nn.Module, graph: Any, reduce_range: bool) -> dict[str, list[dict[str, Any]]]:
+    """Scales that the model has for tensors of the file, as ONNX Runtime's tools take them.
+
+    Without them weights on a grid would be rounded to another one, and activations to ranges that the model was not
+    trained with. The exporter folds BatchNorm into convolutions, so scales are read off the file's weights with the help
+    of the model's codes.
+    """
+    from onnx import numpy_helper
+
+    weights = {weight.name: weight for weight in graph.initializer}
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: dict[str, list[dict[str, Any]]] = {}
+    ranges: dict[str, list[dict[str, Any] | None]] = {}
+    for path, layer in quantizable_layers(model).items():
+        name = f"model.{path}.weight"
+        if name not in weights or len(readers.get(name, ())) != 1:
+            continue
+        held = vars(layer).get("hf_compress_weight")
+        if isinstance(held, FrozenWeight) and not (reduce_range and held.quantizer.bits == 8):
+            codes = held.codes(cast(Tensor, layer._parameters["weight"]), path)
+            grid = _grid(
+                torch.from_numpy(numpy_helper.to_array(weights[name]).copy()), codes, held.quantizer.channel_dim
+            )
+            if grid is not None:
+                found[name] = grid
+        quantizer = vars(layer).get("hf_compress_input")
+        own = None
+        if isinstance(quantizer, InputQuantizer) and quantizer.bits == 8 and quantizer.scheme == "static":
+            step, zero = affine_of(cast(Tensor, layer._parameters[BOUNDS]).detach().float(), 8)
+            own = {"scale": np.array(step, np.float32), "zero_point": np.array(zero, np.uint8)}
+        ranges.setdefault(readers[name][0].input[0], []).append(own)
+    for (
+        name,
+        given,
+    ) in ranges.items():  # a tensor has one scale in the file; layers that disagree leave it to calibration
+        if given[0] is not None and all(other == given[0] for other in given):
+            found[name] = [given[0]]
+    return found
+
+
+def _grid(weight: Tensor, codes: Tensor, dim: int | None) -> list[dict[str, Any]] | None:
+    """The scale of every channel of a weight that is a multiple of integers; None where it is not."""
+    if weight.shape != codes.shape or codes.abs().max() > 127:
+        return None
+    axis = 0 if dim is None else dim
+    rows, whole = (tensor.transpose(0, axis).flatten(1).double() for tensor in (weight, codes))
+    scale = ((rows * whole).sum(1) / whole.square().sum(1).clamp_min(1)).abs()
+    scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
+    if ((rows / scale[:, None] - whole * torch.sign((rows * whole).sum(1))[:, None]).abs() > 0.01).any():
+        return None
+    return [
+        {"axis": axis, "scale": np.array(one, np.float32), "zero_point": np.array(0, np.int8)} for one in scale.tolist()
+    ]
+
+
+def _quantize(model: nn.Module, source: Path, target: Path, images: Tensor | None, reduce_range: bool) -> None:
     try:
         import onnx
         from onnxruntime import quantization as tools
@@ -245,7 +305,8 @@ def _quantize(source: Path, target: Path, images: Tensor | None, reduce_range: b
         raise ExportError(
             "int8 export needs onnx, and onnxruntime with its quantization tools. Try: pip install hf-compress[export]"
         ) from error
-    graph = onnx.load(source, load_external_data=False).graph
+    graph = onnx.load(source).graph
+    kept = _float_layers(model)
     left = [node.name for node in graph.node if kept.intersection(node.input)] + _behind_the_weights(graph)
     shared = {
         "per_channel": True,
@@ -276,6 +337,7 @@ def _quantize(source: Path, target: Path, images: Tensor | None, reduce_range: b
             Reader(),
             quant_format=tools.QuantFormat.QDQ,
             activation_type=tools.QuantType.QUInt8,
+            extra_options={"TensorQuantOverrides": _own_grids(model, graph, reduce_range)},
             **shared,
         )
     except Exception as error:

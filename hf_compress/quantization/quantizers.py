@@ -291,12 +291,28 @@ class _InRange(Function):
 
 def _asymmetric(x: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Quantized values in float32, the step, and which code is zero."""
-    low, high = low.clamp_max(0), high.clamp_min(0)  # zero is a code, so that padding is exact
+    step, zero = _affine(low, high, bits)
     most = 2**bits - 1
-    step = ((high - low) / most).clamp_min(_TINY)
-    zero = (-low / step).round()
     codes = (x.float() / step).round_()  # without the code of zero, which they are moved by
     return codes.clamp_(-zero, most - zero).mul_(step), step, zero
+
+
+def _affine(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The step between levels, and which code is zero."""
+    low, high = low.clamp_max(0), high.clamp_min(0)  # zero is a code, so that padding is exact
+    step = ((high - low) / (2**bits - 1)).clamp_min(_TINY)
+    return step, (-low / step).round()
+
+
+def affine_of(bounds: Tensor, bits: int) -> tuple[float, int]:
+    """Step and code of zero of :func:`in_range`, for other runtimes.
+
+    Args:
+        bounds: [2], as there.
+        bits: 1 to 8.
+    """
+    step, zero = _affine(bounds[0], bounds[1], bits)
+    return step.item(), int(zero.item())
 
 
 def in_range(x: Tensor, bounds: Tensor, bits: int) -> Tensor:

@@ -15,6 +15,7 @@ from hf_compress.export.int8 import export_int8_onnx, int8_agreement
 from hf_compress.export.onnx import export_onnx, onnx_runner
 from hf_compress.hub import HfCompressConfig
 from hf_compress.quantization import quantize
+from hf_compress.quantization.layers import quantization_of
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -72,6 +73,30 @@ def test_layers_that_stay_float_stay_float_in_the_file(digits, tmp_path):
     graph = onnx.load(export_int8_onnx(model, tmp_path / "m.onnx", unseen[:1], calibration=[calibration])).graph
     float_weights = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) > 1}
     assert float_weights == {"model.resnet.embedder.embedder.convolution.weight", "model.classifier.1.weight"}
+
+
+def test_the_file_has_the_models_own_codes_and_ranges(digits, tmp_path):
+    """Weights of four bits stay on their grid of 15 values, though BatchNorm was folded into the convolutions."""
+    model, calibration, unseen = digits
+    scheme = HfCompressConfig(weights=4, activations=8, activation_scheme="static")
+    model = quantize(copy.deepcopy(model), scheme, [calibration])
+    path = export_int8_onnx(model, tmp_path / "m.onnx", unseen[:1], calibration=[calibration], reduce_range=False)
+    held = {item.name: onnx.numpy_helper.to_array(item) for item in onnx.load(path).graph.initializer}
+    layers = quantization_of(model).layers
+    assert len(layers) > 4
+    inputs = 0
+    for name in layers:
+        layer = model.get_submodule(name)
+        codes = vars(layer)["hf_compress_weight"].codes(layer._parameters["weight"], name)
+        found = torch.from_numpy(held[f"model.{name}.weight_quantized"].astype("float32"))
+        signs = (found * codes).flatten(1).sum(1).sign()[:, None, None, None]  # of the BatchNorm's scale
+        assert torch.equal(found, codes * signs)
+        low, high = layer.hf_compress_range.tolist()
+        step = (max(high, 0) - min(low, 0)) / 255
+        inputs += any(
+            abs(float(v) - step) < 1e-6 * step for k, v in held.items() if k.endswith("_scale") and not v.shape
+        )
+    assert inputs >= len(layers) - 2  # but where two layers that read one tensor have other ranges
 
 
 def test_dynamic(tmp_path):
