@@ -23,7 +23,7 @@ from .scales import _as, _local, _whole
 
 _AT_ONCE = 1 << 15  # numbers
 
-Slices = Literal["auto", "producers", "readers"]
+Slices = Literal["auto", "producers", "readers", "all"]
 
 
 class _Slot(NamedTuple):
@@ -41,13 +41,15 @@ class WeightGroups:
     An axis has a group for every index and every side that is taken: ``producers`` are the slices that make the index
     (filters, rows of a linear layer, heads, with their biases and the scale and shift of a norm), ``readers`` the slices
     of the linear layers that read it (their columns: "input units"). An index is gone as soon as one of its groups is.
+    With ``slices="all"`` an index has one group, of everything that leaves with it: its makers, its readers of any kind and
+    what stands between them.
 
     Args:
         model: holds the parameters that the axes name.
         graph: the axes of the model.
         axes: those that are used.
         slices: ``"producers"``, ``"readers"``, or ``"auto"``: linear layers by their inputs and convolutions by their
-            outputs; a linear layer whose inputs are no axis in use goes by its outputs.
+            outputs; a linear layer whose inputs are no axis in use goes by its outputs. Or ``"all"``.
 
     Attributes:
         names: the parameters, each once; frozen ones are left out.
@@ -117,6 +119,7 @@ class WeightGroups:
                 end += shape[0]
             else:
                 self._vector_start += self.lengths[parameter]
+        self._every_slot = list(slots.values())
         rows: list[list[int]] = []
         layers: list[dict[int, int]] = []  # position -> group; positions appear in a further layer when they are taken
         counts: list[int] = []
@@ -184,6 +187,30 @@ class WeightGroups:
             gradient = _local(self.parameters[i].grad)  # type: ignore[arg-type]
             gradient += _as(wholes[i] - views[i], self.parameters[i]).to(gradient.dtype) * strength
 
+    def decay(self, factors: Tensor) -> Decay:
+        """A weight decay of one factor [g] for every group, ready to be added to gradients.
+
+        Groups with a factor of 0 get none, to the bit; an entry that two groups share gets both of theirs. Waits for the
+        device once.
+        """
+        is_used = torch.zeros(len(factors) + 1, dtype=torch.bool, device=self.device)
+        is_used[:-1] = factors != 0
+        layers = torch.cat([factors, factors.new_zeros(1)])[self._owners]
+        where = is_used[self._owners].cpu()
+        spread: list[tuple[int, Tensor]] = []
+        for layer, used in zip(layers, where, strict=True):
+            for slot in self._every_slot:
+                if used[slot.start : slot.end].any():
+                    shape = [1] * len(self.shapes[slot.parameter])
+                    shape[slot.dim] = -1
+                    spread.append((slot.parameter, layer[slot.start : slot.end].view(shape)))
+        if self._is_plain:
+            return Decay([(self.parameters[i], factor) for i, factor in spread])
+        whole: dict[int, Tensor] = {}
+        for i, factor in spread:  # a shard knows its part of a whole tensor only
+            whole[i] = (whole[i] if i in whole else factor.new_zeros(self.shapes[i])) + factor
+        return Decay([(self.parameters[i], _as(factor, self.parameters[i])) for i, factor in whole.items()])
+
     def views(self, flat: Tensor) -> list[Tensor]:
         """A flat vector [length] as one tensor for every parameter."""
         if self._viewed is None or self._viewed[0] is not flat:  # as good as always the same vector
@@ -214,7 +241,7 @@ class WeightGroups:
         norms = [_norms(part) for part in self._slices(flat)]
         norms += [flat[self._vector_start :], flat.new_zeros(1)]
         gathered = torch.cat(norms).square_()[self._entries]
-        return torch.where((gathered * self._is_matrix_entry).sum(1) > 0, gathered.sum(1), 0).sqrt()
+        return torch.where((gathered * self._is_matrix_entry).sum(1) != 0, gathered.sum(1), 0).sqrt()  # NaN stays
 
     def scale_(self, flat: Tensor, factors: Tensor) -> None:
         """Multiply every group in ``flat`` by its factor [g], in place."""
@@ -246,6 +273,26 @@ class WeightGroups:
         return list(values.split([size for _, size in self.sides]))
 
 
+class Decay:
+    """A weight decay with factors of its own for slices of parameters; see :meth:`WeightGroups.decay`.
+
+    Args:
+        factors: (parameter, tensor that broadcasts to it, or to this process's shard), a parameter several times at most.
+    """
+
+    def __init__(self, factors: list[tuple[Tensor, Tensor]]) -> None:
+        self._factors = [
+            (parameter, factor.to(_local(parameter.detach()).device, parameter.dtype)) for parameter, factor in factors
+        ]
+
+    def add_to_gradients(self, strength: float) -> None:
+        """Add ``strength * factor * parameter`` to the gradients; parameters without one are left alone."""
+        found = [(p.grad, p.detach(), factor) for p, factor in self._factors if p.grad is not None]
+        if found:
+            gradients, weights, factors = ([_local(tensor) for tensor in part] for part in zip(*found, strict=True))
+            torch._foreach_addcmul_(gradients, weights, factors, value=strength)
+
+
 def _sliced(value: Tensor, dim: int) -> Tensor:
     before = math.prod(value.shape[:dim])
     return value.view(before, value.shape[dim], -1)
@@ -271,6 +318,8 @@ def _places(members: Sequence[Member], slots: dict[tuple[int, int], _Slot], plac
 
 def _sides(graph: AxisGraph, axes: list[Axis], slices: Slices) -> list[tuple[Axis, tuple[Member, ...]]]:
     """The members of every group: (axis, members), up to two for an axis."""
+    if slices == "all":
+        return [(axis, axis.members) for axis in axes]
     contracted = {(item.weight, item.dim) for item in graph.contractions}
 
     def rank(member: Member) -> int:
@@ -302,4 +351,4 @@ def _bits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
 
 
-__all__ = ["Slices", "WeightGroups"]
+__all__ = ["Decay", "Slices", "WeightGroups"]
