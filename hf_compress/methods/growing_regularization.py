@@ -151,10 +151,10 @@ class GrowingRegularizationCallback(AxisCallback):
         self._claim(model, state, matrices)
         self._first_step = round(self.warmup * state.max_steps)
         self._last_step = max(round(self.hold * state.max_steps), self._first_step + 1)
-        self._decays: tuple[Decay, Decay] | None = None
+        self._decay: Decay | None = None
         factors = registered(model, _name(groups))
         if factors is not None and not factors.isnan().any():
-            self._decays = groups.decay(factors[0]), groups.decay(factors[1])
+            self._decay = groups.decay(factors[0], factors[1])
         elif state.global_step > 0:
             logger.warning(
                 f"{type(self).__name__}: the checkpoint holds no auxiliary variable for these axes, so what goes is chosen "
@@ -168,14 +168,11 @@ class GrowingRegularizationCallback(AxisCallback):
             return
         step = state.global_step
         with torch.no_grad():
-            if self._decays is None or step % self.refresh == 0 or step == self._first_step:
+            if self._decay is None or step % self.refresh == 0 or step in (self._first_step, self._last_step):
                 self._choose(trained_model(kwargs), self.groups_, step)
-            assert self._decays is not None
+            assert self._decay is not None
             unscale_gradients(kwargs["optimizer"])
-            lasso, growing = self._decays
-            if step < self._last_step:
-                lasso.add_to_gradients(1.0)
-            growing.add_to_gradients(self._strength_at(step))
+            self._decay.add_to_gradients(self._strength_at(step))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the share of vanished groups to the training logs, and those of axes to the history."""
@@ -192,7 +189,7 @@ class GrowingRegularizationCallback(AxisCallback):
         if self.groups_ is None:
             return
         unregister(model, _name(self.groups_))
-        self._decays = None
+        self._decay = None
         self._warn_if_short(model)
         self.groups_ = None  # it holds the parameters
 
@@ -294,18 +291,19 @@ class GrowingRegularizationCallback(AxisCallback):
         """The factors of the lasso and of the growing decay, from the weights as they are."""
         relative = _relative(groups)
         lasso, gone = torch.zeros_like(relative), torch.zeros_like(relative)
-        if self.lasso > 0:
+        if self.lasso > 0 and step < self._last_step:
             parts = [part.square().mean().sqrt() / part for part in groups.by_side(relative)]
             lasso = torch.cat(parts).mul_(self.lasso).nan_to_num_(0.0).clamp_max_(self.strength)
         if step >= self._first_step:
-            graph = self._graph(model)
+            graph = self.axes_
+            assert graph is not None
             kept = self._plan(graph, groups.by_axis(_finite(relative.float().cpu()))).masks(graph)
             masks = [
                 ~kept[name] if name in kept else torch.zeros(size, dtype=torch.bool) for name, size in groups.sides
             ]
             gone = torch.cat(masks).to(relative)
         register(model, _name(groups), torch.stack([lasso, gone]))
-        self._decays = groups.decay(lasso), groups.decay(gone)
+        self._decay = groups.decay(lasso, gone)
 
     def _plan(self, graph: AxisGraph, scores: Mapping[str, Tensor]) -> Plan:
         if isinstance(self.target, Mapping):

@@ -187,29 +187,47 @@ class WeightGroups:
             gradient = _local(self.parameters[i].grad)  # type: ignore[arg-type]
             gradient += _as(wholes[i] - views[i], self.parameters[i]).to(gradient.dtype) * strength
 
-    def decay(self, factors: Tensor) -> Decay:
-        """A weight decay of one factor [g] for every group, ready to be added to gradients.
+    def decay(self, fixed: Tensor, growing: Tensor) -> Decay:
+        """A weight decay of ``fixed + strength * growing`` for every group, ready to be added to gradients.
 
-        Groups with a factor of 0 get none, to the bit; an entry that two groups share gets both of theirs. Waits for the
+        Groups for which both are 0 get none, to the bit; an entry that two groups share gets both of theirs. Waits for the
         device once.
+
+        Args:
+            fixed, growing: [g], at least 0.
         """
-        is_used = torch.zeros(len(factors) + 1, dtype=torch.bool, device=self.device)
-        is_used[:-1] = factors != 0
-        layers = torch.cat([factors, factors.new_zeros(1)])[self._owners]
-        where = is_used[self._owners].cpu()
-        spread: list[tuple[int, Tensor]] = []
-        for layer, used in zip(layers, where, strict=True):
-            for slot in self._every_slot:
-                if used[slot.start : slot.end].any():
-                    shape = [1] * len(self.shapes[slot.parameter])
-                    shape[slot.dim] = -1
-                    spread.append((slot.parameter, layer[slot.start : slot.end].view(shape)))
+        padded = torch.cat([torch.stack([fixed, growing]), fixed.new_zeros(2, 1)], dim=1)
+        factors = padded[:, self._owners]  # [2, layers, positions]
+        is_used = (factors != 0).any(0).cpu()
+        current = torch.empty_like(factors[0])
+        places = [
+            (layer, slot)
+            for layer in range(len(current))
+            for slot in self._every_slot
+            if is_used[layer, slot.start : slot.end].any()
+        ]
+
+        def spread(values: Tensor, layer: int, slot: _Slot) -> Tensor:
+            shape = [1] * len(self.shapes[slot.parameter])
+            shape[slot.dim] = -1
+            return values[layer, slot.start : slot.end].view(shape)
+
         if self._is_plain:
-            return Decay([(self.parameters[i], factor) for i, factor in spread])
-        whole: dict[int, Tensor] = {}
-        for i, factor in spread:  # a shard knows its part of a whole tensor only
-            whole[i] = (whole[i] if i in whole else factor.new_zeros(self.shapes[i])) + factor
-        return Decay([(self.parameters[i], _as(factor, self.parameters[i])) for i, factor in whole.items()])
+            chosen = [self.parameters[slot.parameter] for _, slot in places]
+            return Decay(chosen, [spread(current, *place) for place in places], [(factors[0], factors[1], current)])
+        sums: dict[int, list[Tensor]] = {}  # whole, since a shard holds its part of a whole tensor only
+        for layer, slot in places:
+            i = slot.parameter
+            total = sums.setdefault(i, [fixed.new_zeros(self.shapes[i]) for _ in range(2)])
+            for values, part in zip(factors, total, strict=True):
+                part += spread(values, layer, slot)
+        chosen = [self.parameters[i] for i in sums]
+        parts = [
+            [_as(total, parameter).to(parameter.dtype) for total in totals]
+            for parameter, totals in zip(chosen, sums.values(), strict=True)
+        ]
+        terms = [(fixed, growing, torch.empty_like(fixed)) for fixed, growing in parts]
+        return Decay(chosen, [out for *_, out in terms], terms)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """A flat vector [length] as one tensor for every parameter."""
@@ -277,20 +295,31 @@ class Decay:
     """A weight decay with factors of its own for slices of parameters; see :meth:`WeightGroups.decay`.
 
     Args:
-        factors: (parameter, tensor that broadcasts to it, or to this process's shard), a parameter several times at most.
+        parameters: each once or, with several factors, several times.
+        factors: for each a tensor that broadcasts to it, or to this process's shard; views of the third of the terms.
+        terms: what the factors are made of: (fixed, growing, where ``fixed + strength * growing`` is written).
     """
 
-    def __init__(self, factors: list[tuple[Tensor, Tensor]]) -> None:
-        self._factors = [
-            (parameter, factor.to(_local(parameter.detach()).device, parameter.dtype)) for parameter, factor in factors
-        ]
+    def __init__(
+        self, parameters: Sequence[Tensor], factors: list[Tensor], terms: list[tuple[Tensor, Tensor, Tensor]]
+    ) -> None:
+        self._parameters = parameters
+        self._weights = [_local(parameter.detach()) for parameter in parameters]
+        self._factors = factors
+        self._terms = terms
 
     def add_to_gradients(self, strength: float) -> None:
-        """Add ``strength * factor * parameter`` to the gradients; parameters without one are left alone."""
-        found = [(p.grad, p.detach(), factor) for p, factor in self._factors if p.grad is not None]
+        """Add ``(fixed + strength * growing) * parameter`` to the gradients; parameters without one are left alone."""
+        for fixed, growing, out in self._terms:
+            torch.add(fixed, growing, alpha=strength, out=out)
+        gradients = [parameter.grad for parameter in self._parameters]
+        found = [i for i, gradient in enumerate(gradients) if gradient is not None]
         if found:
-            gradients, weights, factors = ([_local(tensor) for tensor in part] for part in zip(*found, strict=True))
-            torch._foreach_addcmul_(gradients, weights, factors, value=strength)
+            torch._foreach_addcmul_(
+                [_local(gradient) for gradient in gradients if gradient is not None],
+                [self._weights[i] for i in found],
+                [self._factors[i] for i in found],
+            )
 
 
 def _sliced(value: Tensor, dim: int) -> Tensor:
