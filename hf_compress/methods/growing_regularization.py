@@ -3,8 +3,8 @@
 From Wang, Qin, Zhang & Fu 2021, "Neural Pruning via Growing Regularization" (arXiv 2012.09243; their GReg-1): an l2 penalty
 on what is to be removed that starts at nothing and grows while the network trains, so that the rest can make up for it,
 and after which the removal changes nothing. From Fang, Ma, Song, Mi & Wang 2023, "DepGraph" (arXiv 2301.12900): what is
-decayed and measured is a group, all weights that leave with an index (filters, norms, and the layers that read it), and a
-penalty stands on all groups from the start. Theirs scales an l2 penalty by a group's norm; that here is a group lasso.
+decayed and measured is a group, all weights that leave with an index (filters, norms, and the layers that read it), and, as
+an option, a penalty on all groups. Theirs scales an l2 penalty by a group's norm; that here is a group lasso.
 
 Ours, and in neither paper: the set is what :func:`hf_compress.select` would remove under a budget of MACs or parameters,
 over all layers, and it is chosen anew every few steps until the end (GReg-1 fixes a set from l1 norms with a ratio for every
@@ -46,8 +46,7 @@ class GrowingRegularizationCallback(AxisCallback):
     The group of an index is everything that leaves the model with it. Every ``refresh`` steps the groups are ranked by
     their norm, relative to the mean norm of their axis, and :func:`hf_compress.select` says what the target would remove.
     These groups S, and no others, get an extra weight decay ``lambda_t w``, where lambda_t grows linearly from 0 at
-    ``warmup`` to ``strength`` at ``hold`` and stays there. Together with the lasso on all groups g, up to ``hold``, the loss
-    becomes
+    ``warmup`` to ``strength`` at ``hold`` and stays there. With a lasso on all groups g, up to ``hold``, the loss becomes
 
         L(w) + lambda_t / 2 sum over g in S of ||w_g||^2 + lasso sum over g of r_g ||w_g||
 
@@ -66,8 +65,8 @@ class GrowingRegularizationCallback(AxisCallback):
     size of the gradients, so that the decay of a group is at most about the learning rate per step and weight.
 
     Args:
-        target: what goes. ``{"macs": 0.5}``, ``{"params": 0.5}`` or both: what stays, as for :func:`hf_compress.select`
-            (1 or less is a share of the model that is trained). Or a number below 1: the share of the indices of each kind (see
+        target: a budget, ``{"macs": 0.5}``, ``{"params": 0.5}`` or both, as for :func:`hf_compress.select` (up to 1 a share
+            of the model that is trained, above it a count). Or a number below 1: the share of the indices of each kind (see
             :class:`~hf_compress.methods.DimensionSearchCallback`) that goes, ranked over all layers.
         strength: the decay's last and largest factor, the GReg paper's tau; above 0.
         warmup: share of all steps before the decay begins, in which norms become worth comparing.
@@ -75,7 +74,9 @@ class GrowingRegularizationCallback(AxisCallback):
             after it trains as the small model.
         lasso: weight of a penalty on the norm of every group up to ``hold``: a group of average norm decays as under a
             weight decay of this size, a smaller one faster in inverse proportion (never faster than ``strength``). It
-            separates the norms. Factors follow the norms every ``refresh`` steps. 0 for none.
+            separates the norms, and 1e-3 helped with SGD at half of the MACs. Leave it at 0 with Adam, which divides by the
+            size of the gradients: where those of the loss are small, any lasso then acts like a large one. Factors follow
+            the norms every ``refresh`` steps.
         refresh: steps from one choice to the next. A choice waits for the device and reads all weights.
         axes: glob pattern or patterns of axis names; None for all.
         inexact: also act on axes whose removal is not the same function as masking.
@@ -105,7 +106,7 @@ class GrowingRegularizationCallback(AxisCallback):
         *,
         warmup: float = 0.1,
         hold: float = 0.5,
-        lasso: float = 1e-3,
+        lasso: float = 0.0,
         refresh: int = 20,
         axes: str | Sequence[str] | None = None,
         inexact: bool = False,

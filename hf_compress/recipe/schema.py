@@ -328,7 +328,7 @@ class GrowingRegularizationStage(Method):
             indices that goes.
         strength: the largest factor of the decay.
         warmup, hold: shares of all steps between which the decay grows from 0 to ``strength``.
-        lasso: weight of the penalty on the norms of all groups, up to ``hold``.
+        lasso: weight of a penalty on the norms of all groups, up to ``hold``; not with Adam.
         refresh: steps from one choice of what goes to the next.
         axes: glob pattern or patterns of axis names; all when not given.
         inexact: also act on axes whose removal is not exactly masking.
@@ -343,7 +343,7 @@ class GrowingRegularizationStage(Method):
     strength: Annotated[float, Field(gt=0)] = 0.3
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     hold: Annotated[float, Field(gt=0, le=1)] = 0.5
-    lasso: Annotated[float, Field(ge=0)] = 1e-3
+    lasso: Annotated[float, Field(ge=0)] = 0.0
     refresh: Positive = 20
     axes: str | list[str] | None = None
     inexact: bool = False

@@ -43,7 +43,7 @@ METHODS = {
     "sparse_group": lambda **options: SparseGroupCallback("l0", strength=1e-3, split=0.1, growth_every=1, **options),
     # the choice at step 4 falls behind the checkpoint of the interrupted run, so that the one before it must survive
     "growing": lambda **options: GrowingRegularizationCallback(
-        {"macs": 0.6}, warmup=0.2, hold=0.8, refresh=4, **options
+        {"macs": 0.6}, warmup=0.2, hold=0.8, lasso=1e-3, refresh=4, **options
     ),
     "search": lambda **options: DimensionSearchCallback(0.5, kinds=["channels"], **options),
     "width": lambda **options: WidthSearchCallback(0.5, validation_dataset=validation_images(**options), **options),
