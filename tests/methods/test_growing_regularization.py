@@ -300,6 +300,30 @@ def test_digits_are_learned_and_the_cut_changes_nothing(tmp_path):
     assert found["growing"][0] > 0.94 and found["growing"][1] == found["growing"][0]
 
 
+def test_a_transformer_under_adam_is_cut_without_a_trace(tmp_path):
+    """Adam turns the decay into steps of about the learning rate, which bring weights of this size to nothing too."""
+    train, test = Digits(slice(0, 1400)), Digits(slice(1400, None))
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=2,
+            num_channels=1, num_labels=10,
+        )
+    )  # fmt: skip
+    callback = GrowingRegularizationCallback({"macs": 0.6}, strength=1.0, hold=0.4)
+    trainer = make_trainer(
+        model, [callback], tmp_path, max_steps=200, per_device_train_batch_size=64, optim="adamw_torch",
+        learning_rate=2e-3, lr_scheduler_type="linear",
+    )  # fmt: skip
+    trainer.train_dataset = train
+    trainer.train()
+    before = answers(model, test)
+    shrink(model, callback.plan(model))
+    # a few per cent of a norm are left at most, and twice on the way through a layer
+    assert (answers(model, test) - before).abs().max() < 1e-2 * before.abs().max()
+    assert (before.argmax(1) == test.labels).float().mean() > 0.5
+
+
 def test_an_unfinished_decay_is_told(tmp_path, caplog):
     model = scaled_classifier()
     callback = GrowingRegularizationCallback(0.5, 1e-3, example_inputs=SCALED_INPUTS)
@@ -364,6 +388,17 @@ def test_nothing_to_act_on_is_said(tmp_path):
         model.body.outer.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
         GrowingRegularizationCallback(0.5, example_inputs=SCALED_INPUTS).scores(model)
+
+
+def test_an_axis_tied_to_one_that_was_not_chosen_stays_whole():
+    """The queries' dimensions in a head, without the values'."""
+    model, inputs = built("vit")
+    for target in (0.5, {"macs": 0.9}):
+        callback = GrowingRegularizationCallback(target, axes="*q_proj:head_dim", example_inputs=inputs)
+        with pytest.raises(NothingToShrinkError):
+            callback.plan(model)
+    callback = GrowingRegularizationCallback(0.5, axes=["*q_proj:head_dim", "*fc1"], example_inputs=inputs)
+    assert all(name.endswith("fc1") for name in callback.plan(model).keep) and callback.plan(model).keep
 
 
 def test_it_stands_beside_methods_on_scales_and_alone_on_weights(tmp_path):
