@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from hf_compress import NetworkSlimmingCallback, ProximalSlimmingCallback
+from hf_compress import GrowingRegularizationCallback, NetworkSlimmingCallback, ProximalSlimmingCallback
 from hf_compress.methods.trained_rank_pruning import TrainedRankPruningCallback
 
 PERIOD = 20  # steps from one truncation to the next
@@ -34,6 +34,7 @@ METHODS = {
     "network slimming, lp 0.5": lambda: NetworkSlimmingCallback({"name": "lp", "p": 0.5}, 1e-4),
     "proximal slimming": lambda: ProximalSlimmingCallback(0.002, 0.25),
     "proximal slimming, by scale": lambda: ProximalSlimmingCallback(0.002, 0.25, grouping="scale"),
+    "growing regularisation": lambda: GrowingRegularizationCallback({"macs": 0.5}, warmup=0, hold=1, refresh=PERIOD),
     "rank pruning, channel": lambda: TrainedRankPruningCallback(0.02, PERIOD),
     "rank pruning, channel, nuclear": lambda: TrainedRankPruningCallback(0.02, PERIOD, nuclear=3e-4),
     "same, nuclear at all steps": lambda: TrainedRankPruningCallback(0.02, PERIOD, nuclear=3e-4, nuclear_steps="all"),

@@ -32,7 +32,15 @@ from records import Record, command_line, write, write_figure
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
-from hf_compress import NetworkSlimmingCallback, ProximalSlimmingCallback, find_axes, magnitude_scores, select, shrink
+from hf_compress import (
+    GrowingRegularizationCallback,
+    NetworkSlimmingCallback,
+    ProximalSlimmingCallback,
+    find_axes,
+    magnitude_scores,
+    select,
+    shrink,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -149,6 +157,21 @@ class Ours:
         return facts
 
 
+class Growing:
+    """Our growing regularisation, for one budget; the strength is that of its lasso on all groups."""
+
+    def __init__(self, budget: float):
+        self.budget = budget
+
+    def train(self, model: ResNetForImageClassification, strength: float, run: Callable[..., None]) -> None:
+        self.used = GrowingRegularizationCallback({"macs": self.budget}, lasso=strength, example_inputs=example())
+        run(model, callbacks=[self.used])
+
+    def prune(self, model: ResNetForImageClassification, budget: float) -> dict[str, Any]:
+        shrink(model, self.used.plan(model), fold_shift=True, example_inputs=example())
+        return {}
+
+
 # -- torch-pruning ------------------------------------------------------------------------------------------------
 
 
@@ -236,12 +259,14 @@ class Method:
     Attributes:
         make: a fresh trainer-and-pruner; None for the baselines, which have no strength.
         grid: (strength, initial scale) pairs that are tried.
+        is_for_one_budget: whether it must know the budget while it trains; ``make`` then takes it.
     """
 
     label: str
     family: str
-    make: Callable[[], Any] | None = None
+    make: Callable[..., Any] | None = None
     grid: tuple[Setting, ...] = ()
+    is_for_one_budget: bool = False
 
 
 def slimming(penalty: str, **parameters: float) -> Callable[[], Ours]:
@@ -286,6 +311,13 @@ METHODS = {
         "proximal slimming", "ours", proximal, ((0.05, 0.5), (0.065, 0.5), (0.016, 0.1), (0.022, 0.1), (0.04, 0.1))
     ),
     "proximal_mcp": Method("proximal slimming, MCP", "ours", proximal_mcp, ((0.016, 0.1), (0.03, 0.1), (0.06, 0.1))),
+    "growing": Method(
+        "growing regularisation",
+        "ours",
+        Growing,
+        ((0.0, 0.5), (5e-4, 0.5), (1e-3, 0.5), (2e-3, 0.5), (0.0, 0.1), (5e-4, 0.1)),
+        is_for_one_budget=True,
+    ),
     "tp_bn_scale": Method("BNScalePruner", "torch-pruning", lambda: TorchPruning("bn_scale"), LINEAR),
     "tp_group_slimming": Method(
         "BNScalePruner, group_lasso", "torch-pruning", lambda: TorchPruning("group_slimming"), ((3.2e-3, 0.1),)
@@ -316,7 +348,11 @@ class SlimmingBench(Bench):
         self.add({**record, **self.measured(model, "after", seed), "cpu_seconds": time.process_time() - since})
 
     def method(self, name: str, setting: Setting, seed: int, budgets: Iterable[float]) -> None:
-        """Train once with one setting, then prune to every budget."""
+        """Train once with one setting, then prune to every budget; once for each budget where the method must know it."""
+        if METHODS[name].is_for_one_budget and len(budgets := list(budgets)) > 1:
+            for budget in budgets:
+                self.method(name, setting, seed, [budget])
+            return
         strength, scale_init = setting
         key = {"seed": seed, "method": name, "strength": strength, "scale_init": scale_init}
         wanted = [budget for budget in budgets if not self.has(**key, budget=budget)]
@@ -325,7 +361,8 @@ class SlimmingBench(Bench):
         since = time.process_time()
         make = METHODS[name].make
         assert make is not None
-        method, model = make(), build(self.protocol, seed, scale_init=scale_init)
+        method = make(*wanted) if METHODS[name].is_for_one_budget else make()
+        model = build(self.protocol, seed, scale_init=scale_init)
         dense_macs = find_axes(model, example()).macs
         method.train(model, strength, lambda m, callbacks: train(m, self.data, self.protocol, seed, callbacks))
         trained = self.measured(model, "trained", seed)

@@ -21,6 +21,7 @@ _HOMES = {
     "FeatureAffinityDistillation": "methods",
     "EyeRenderer": "data.eyes",
     "DropPathScheduleCallback": "methods",
+    "GrowingRegularizationCallback": "methods",
     "HfCompressConfig": "hub",
     "HfCompressError": "errors",
     "L1": "methods",

@@ -6,6 +6,7 @@ from .checkpoint_names import own_names_in_checkpoints
 from .dimension_search import DimensionSearchCallback
 from .drop_path_schedule import DropPathScheduleCallback
 from .feature_affinity import DistillationCallback, FeatureAffinityDistillation
+from .growing_regularization import GrowingRegularizationCallback
 from .network_slimming import NetworkSlimmingCallback
 from .penalties import L1, MCP, SCAD, Lp, Penalty, TransformedL1, penalty_from
 from .proximal_slimming import ProximalSlimmingCallback
@@ -27,6 +28,7 @@ __all__ = [
     "DistillationCallback",
     "DropPathScheduleCallback",
     "FeatureAffinityDistillation",
+    "GrowingRegularizationCallback",
     "Lp",
     "NetworkSlimmingCallback",
     "Penalty",

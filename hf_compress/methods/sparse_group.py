@@ -443,15 +443,7 @@ class SparseGroupCallback(AxisCallback):
         check_number("growth_every", self.growth_every, minimum=0, is_open=True)
 
     def _chosen(self, model: nn.Module, graph: AxisGraph) -> list[Axis]:
-        if not len(graph):
-            raise NothingToShrinkError(f"{type(model).__name__} has no axis, so there are no groups of weights.")
-        usable = [axis for axis in graph if axis.is_exact or self.inexact]
-        if not usable:
-            raise NothingToShrinkError(
-                f"the axes of {type(model).__name__} are all inexact (for example {next(iter(graph)).name!r}). Pass "
-                "inexact=True to act on them."
-            )
-        return self._matching(usable, "that can be used")
+        return self._with_weights(model, graph)
 
     def _groups(self, model: nn.Module) -> WeightGroups:
         if self.groups_ is not None and self.groups_.model() is model:

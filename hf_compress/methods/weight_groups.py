@@ -23,7 +23,7 @@ from .scales import _as, _local, _whole
 
 _AT_ONCE = 1 << 15  # numbers
 
-Slices = Literal["auto", "producers", "readers"]
+Slices = Literal["auto", "producers", "readers", "all"]
 
 
 class _Slot(NamedTuple):
@@ -41,13 +41,15 @@ class WeightGroups:
     An axis has a group for every index and every side that is taken: ``producers`` are the slices that make the index
     (filters, rows of a linear layer, heads, with their biases and the scale and shift of a norm), ``readers`` the slices
     of the linear layers that read it (their columns: "input units"). An index is gone as soon as one of its groups is.
+    With ``slices="all"`` an index has one group, of everything that leaves with it: its makers, its readers of any kind and
+    what stands between them.
 
     Args:
         model: holds the parameters that the axes name.
         graph: the axes of the model.
         axes: those that are used.
         slices: ``"producers"``, ``"readers"``, or ``"auto"``: linear layers by their inputs and convolutions by their
-            outputs; a linear layer whose inputs are no axis in use goes by its outputs.
+            outputs; a linear layer whose inputs are no axis in use goes by its outputs. Or ``"all"``.
 
     Attributes:
         names: the parameters, each once; frozen ones are left out.
@@ -117,6 +119,7 @@ class WeightGroups:
                 end += shape[0]
             else:
                 self._vector_start += self.lengths[parameter]
+        self._every_slot = list(slots.values())
         rows: list[list[int]] = []
         layers: list[dict[int, int]] = []  # position -> group; positions appear in a further layer when they are taken
         counts: list[int] = []
@@ -184,6 +187,48 @@ class WeightGroups:
             gradient = _local(self.parameters[i].grad)  # type: ignore[arg-type]
             gradient += _as(wholes[i] - views[i], self.parameters[i]).to(gradient.dtype) * strength
 
+    def decay(self, fixed: Tensor, growing: Tensor) -> Decay:
+        """A weight decay of ``fixed + strength * growing`` for every group, ready to be added to gradients.
+
+        Groups for which both are 0 get none, to the bit; an entry that two groups share gets both of theirs. Waits for the
+        device once.
+
+        Args:
+            fixed, growing: [g], at least 0.
+        """
+        padded = torch.cat([torch.stack([fixed, growing]), fixed.new_zeros(2, 1)], dim=1)
+        factors = padded[:, self._owners]  # [2, layers, positions]
+        is_used = (factors != 0).any(0).cpu()
+        current = torch.empty_like(factors[0])
+        places = [
+            (layer, slot)
+            for layer in range(len(current))
+            for slot in self._every_slot
+            if is_used[layer, slot.start : slot.end].any()
+        ]
+
+        def spread(values: Tensor, layer: int, slot: _Slot) -> Tensor:
+            shape = [1] * len(self.shapes[slot.parameter])
+            shape[slot.dim] = -1
+            return values[layer, slot.start : slot.end].view(shape)
+
+        if self._is_plain:
+            chosen = [self.parameters[slot.parameter] for _, slot in places]
+            return Decay(chosen, [spread(current, *place) for place in places], [(factors[0], factors[1], current)])
+        sums: dict[int, list[Tensor]] = {}  # whole, since a shard holds its part of a whole tensor only
+        for layer, slot in places:
+            i = slot.parameter
+            total = sums.setdefault(i, [fixed.new_zeros(self.shapes[i]) for _ in range(2)])
+            for values, part in zip(factors, total, strict=True):
+                part += spread(values, layer, slot)
+        chosen = [self.parameters[i] for i in sums]
+        parts = [
+            [_as(total, parameter).to(parameter.dtype) for total in totals]
+            for parameter, totals in zip(chosen, sums.values(), strict=True)
+        ]
+        terms = [(fixed, growing, torch.empty_like(fixed)) for fixed, growing in parts]
+        return Decay(chosen, [out for *_, out in terms], terms)
+
     def views(self, flat: Tensor) -> list[Tensor]:
         """A flat vector [length] as one tensor for every parameter."""
         if self._viewed is None or self._viewed[0] is not flat:  # as good as always the same vector
@@ -214,7 +259,7 @@ class WeightGroups:
         norms = [_norms(part) for part in self._slices(flat)]
         norms += [flat[self._vector_start :], flat.new_zeros(1)]
         gathered = torch.cat(norms).square_()[self._entries]
-        return torch.where((gathered * self._is_matrix_entry).sum(1) > 0, gathered.sum(1), 0).sqrt()
+        return torch.where((gathered * self._is_matrix_entry).sum(1) != 0, gathered.sum(1), 0).sqrt()  # NaN stays
 
     def scale_(self, flat: Tensor, factors: Tensor) -> None:
         """Multiply every group in ``flat`` by its factor [g], in place."""
@@ -246,6 +291,37 @@ class WeightGroups:
         return list(values.split([size for _, size in self.sides]))
 
 
+class Decay:
+    """A weight decay with factors of its own for slices of parameters; see :meth:`WeightGroups.decay`.
+
+    Args:
+        parameters: each once or, with several factors, several times.
+        factors: for each a tensor that broadcasts to it, or to this process's shard; views of the third of the terms.
+        terms: what the factors are made of: (fixed, growing, where ``fixed + strength * growing`` is written).
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], factors: list[Tensor], terms: list[tuple[Tensor, Tensor, Tensor]]
+    ) -> None:
+        self._parameters = parameters
+        self._weights = [_local(parameter.detach()) for parameter in parameters]
+        self._factors = factors
+        self._terms = terms
+
+    def add_to_gradients(self, strength: float) -> None:
+        """Add ``(fixed + strength * growing) * parameter`` to the gradients; parameters without one are left alone."""
+        for fixed, growing, out in self._terms:
+            torch.add(fixed, growing, alpha=strength, out=out)
+        gradients = [parameter.grad for parameter in self._parameters]
+        found = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if found:
+            torch._foreach_addcmul_(
+                [_local(gradient) for gradient in gradients if gradient is not None],
+                [self._weights[i] for i in found],
+                [self._factors[i] for i in found],
+            )
+
+
 def _sliced(value: Tensor, dim: int) -> Tensor:
     before = math.prod(value.shape[:dim])
     return value.view(before, value.shape[dim], -1)
@@ -271,6 +347,8 @@ def _places(members: Sequence[Member], slots: dict[tuple[int, int], _Slot], plac
 
 def _sides(graph: AxisGraph, axes: list[Axis], slices: Slices) -> list[tuple[Axis, tuple[Member, ...]]]:
     """The members of every group: (axis, members), up to two for an axis."""
+    if slices == "all":
+        return [(axis, axis.members) for axis in axes]
     contracted = {(item.weight, item.dim) for item in graph.contractions}
 
     def rank(member: Member) -> int:
@@ -302,4 +380,4 @@ def _bits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
 
 
-__all__ = ["Slices", "WeightGroups"]
+__all__ = ["Decay", "Slices", "WeightGroups"]

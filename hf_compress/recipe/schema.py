@@ -320,6 +320,54 @@ class ProximalSlimmingStage(Slimming):
         )
 
 
+class GrowingRegularizationStage(Method):
+    """Training towards a budget, by a decay that grows on what would be removed (see ``GrowingRegularizationCallback``).
+
+    Attributes:
+        target: what ``support: true`` removes in the next prune stage: a budget such as ``{macs: 0.5}``, or the share of
+            indices that goes.
+        strength: the largest factor of the decay.
+        warmup, hold: shares of all steps between which the decay grows from 0 to ``strength``.
+        lasso: weight of a penalty on the norms of all groups, up to ``hold``; not with Adam.
+        refresh: steps from one choice of what goes to the next.
+        axes: glob pattern or patterns of axis names; all when not given.
+        inexact: also act on axes whose removal is not exactly masking.
+        min_keep: the fewest indices of an axis.
+        round_to: with a budget, kept widths are multiples of this.
+    """
+
+    decides: ClassVar[str] = "what the target of the stage names goes"
+
+    stage: Literal["growing_regularization"]
+    target: float | dict[str, float]
+    strength: Annotated[float, Field(gt=0)] = 0.3
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    hold: Annotated[float, Field(gt=0, le=1)] = 0.5
+    lasso: Annotated[float, Field(ge=0)] = 0.0
+    refresh: Positive = 20
+    axes: str | list[str] | None = None
+    inexact: bool = False
+    min_keep: Positive = 1
+    round_to: Positive = 1
+
+    def callback(self, example_inputs: Any = None) -> Any:
+        from .. import methods
+
+        return methods.GrowingRegularizationCallback(
+            self.target,
+            self.strength,
+            warmup=self.warmup,
+            hold=self.hold,
+            lasso=self.lasso,
+            refresh=self.refresh,
+            axes=self.axes,
+            inexact=self.inexact,
+            min_keep=self.min_keep,
+            round_to=self.round_to,
+            example_inputs=example_inputs,
+        )
+
+
 class DimensionSearchStage(Method):
     """Training that searches which dimensions the model needs (SiDT; see ``DimensionSearchCallback``).
 
@@ -764,7 +812,7 @@ class PruneStage(Compression):
             times measured on this machine, so another machine may choose other widths.
         ratio: share of indices to remove from every axis, or ``{pattern of axis names: share}``.
         support: remove exactly what the last proximal_slimming stage set to zero, or what the ``target`` of the last
-            dimension_search stage says.
+            growing_regularization, dimension_search or width_search stage says.
         scores: ``auto`` takes the scores of the last method stage, or weight magnitudes when there was none.
         round_to: kept widths are multiples of this.
         min_keep: at least so many indices stay on every axis.
@@ -847,6 +895,7 @@ Stage = Annotated[
     | FinetuneStage
     | NetworkSlimmingStage
     | ProximalSlimmingStage
+    | GrowingRegularizationStage
     | DimensionSearchStage
     | ArchitectureSearchStage
     | WidthSearchStage
@@ -867,6 +916,7 @@ STAGES: dict[str, type[Section]] = {
     "train": TrainStage,
     "network_slimming": NetworkSlimmingStage,
     "proximal_slimming": ProximalSlimmingStage,
+    "growing_regularization": GrowingRegularizationStage,
     "dimension_search": DimensionSearchStage,
     "architecture_search": ArchitectureSearchStage,
     "width_search": WidthSearchStage,

@@ -17,6 +17,7 @@ from slimming_training import SCALED_INPUTS, Images, make_trainer, scaled_classi
 from hf_compress.methods import (
     ArchitectureSearchCallback,
     DimensionSearchCallback,
+    GrowingRegularizationCallback,
     NetworkSlimmingCallback,
     ProximalSlimmingCallback,
     WidthSearchCallback,
@@ -29,6 +30,10 @@ METHODS = {
     "group": lambda: NetworkSlimmingCallback("l1", 0.05, grouping="axis", example_inputs=SCALED_INPUTS),
     "search": lambda: DimensionSearchCallback(0.5, 0.4, 0, kinds="mlp", min_keep=1, example_inputs=SCALED_INPUTS),
     "sparse_group": lambda: SparseGroupCallback("l0", strength=2e-2, split=0.5, example_inputs=SCALED_INPUTS),
+    # strong, and at its strongest from the first step on where steps are not counted
+    "growing": lambda: GrowingRegularizationCallback(
+        {"macs": 0.6}, 2.0, warmup=0, hold=0.1, lasso=0.05, refresh=5, example_inputs=SCALED_INPUTS
+    ),
     "proximal": lambda: ProximalSlimmingCallback(2.0, 1.0, example_inputs=SCALED_INPUTS),
     # settings whose singular values are well apart where they are cut, so that rounding is not amplified
     "rank": lambda: TrainedRankPruningCallback(0.2, 5, nuclear=1e-3, targets="Linear"),
@@ -108,6 +113,7 @@ def stepped(method: str, is_sharded: bool) -> dict:
 class SimpleNamespaceState:
     global_step = 0
     epoch = 0.0
+    max_steps = 6
 
 
 if __name__ == "__main__":

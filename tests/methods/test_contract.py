@@ -16,6 +16,7 @@ from hf_compress.methods import (
     L1,
     MCP,
     DimensionSearchCallback,
+    GrowingRegularizationCallback,
     NetworkSlimmingCallback,
     ProximalSlimmingCallback,
     TransformedL1,
@@ -40,6 +41,10 @@ METHODS = {
     "proximal_mcp": lambda **options: ProximalSlimmingCallback(2.0, 1.0, penalty={"name": "mcp", "a": 2.0}, **options),
     "proximal_by_scale": lambda **options: ProximalSlimmingCallback(2.0, 1.0, grouping="scale", **options),
     "sparse_group": lambda **options: SparseGroupCallback("l0", strength=1e-3, split=0.1, growth_every=1, **options),
+    # the choice at step 4 falls behind the checkpoint of the interrupted run, so that the one before it must survive
+    "growing": lambda **options: GrowingRegularizationCallback(
+        {"macs": 0.6}, warmup=0.2, hold=0.8, lasso=1e-3, refresh=4, **options
+    ),
     "search": lambda **options: DimensionSearchCallback(0.5, kinds=["channels"], **options),
     "width": lambda **options: WidthSearchCallback(0.5, validation_dataset=validation_images(**options), **options),
     "rank": lambda **options: TrainedRankPruningCallback(0.1, 2, nuclear=1e-3),  # acts on layers, not on axes
@@ -97,7 +102,7 @@ def test_trained_scored_and_shrunk_or_refused(method, family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in METHODS if m not in ("search", "width", "sparse_group") and "rank" not in m]
+    "method", [m for m in METHODS if m not in ("search", "width", "sparse_group", "growing") and "rank" not in m]
 )
 def test_scores_order_by_the_size_of_scales(method, tmp_path):
     """With one scale set to nothing, its index scores lowest; scores do not depend on signs."""
@@ -129,7 +134,8 @@ def test_arguments_survive_a_checkpoint(method):
 
 @pytest.mark.parametrize("restore", [False, True], ids=["same_callback", "restored_callback"])
 @pytest.mark.parametrize(
-    "method", ["l1", "proximal", "proximal_by_scale", "search", "width", "sparse_group", "rank", "rank_all_steps"]
+    "method",
+    ["l1", "proximal", "proximal_by_scale", "search", "width", "sparse_group", "growing", "rank", "rank_all_steps"],
 )
 def test_interrupted_run_ends_in_the_same_weights(method, restore, tmp_path):
     """Bit for bit. With restored callbacks, the strength comes from the checkpoint."""
@@ -162,7 +168,9 @@ def test_interrupted_run_ends_in_the_same_weights(method, restore, tmp_path):
             assert torch.equal(callback.support(model)[name], mask)
 
 
-@pytest.mark.parametrize("method", ["l1", "proximal", "search", "width", "sparse_group", "rank", "rank_all_steps"])
+@pytest.mark.parametrize(
+    "method", ["l1", "proximal", "search", "width", "sparse_group", "growing", "rank", "rank_all_steps"]
+)
 def test_checkpoints_load_and_the_final_model_is_clean(method, tmp_path):
     model, inputs = built("resnet_basic")
     callback = METHODS[method](example_inputs=inputs)
@@ -180,7 +188,7 @@ def test_checkpoints_load_and_the_final_model_is_clean(method, tmp_path):
     assert not report["missing_keys"] and all("hf_compress_" in key for key in report["unexpected_keys"])
 
 
-@pytest.mark.parametrize("method", ["l1", "proximal", "sparse_group"])
+@pytest.mark.parametrize("method", ["l1", "proximal", "sparse_group", "growing"])
 def test_resuming_on_the_same_trainer_says_what_is_lost(method, tmp_path, caplog):
     model, inputs = built("plain_cnn")
     callback = METHODS[method](example_inputs=inputs)

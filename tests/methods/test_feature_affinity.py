@@ -22,6 +22,7 @@ from hf_compress.methods import (
     ArchitectureSearchCallback,
     DistillationCallback,
     FeatureAffinityDistillation,
+    GrowingRegularizationCallback,
     NetworkSlimmingCallback,
     QuantizationAwareTrainingCallback,
     SparseGroupCallback,
@@ -299,8 +300,9 @@ def test_a_low_bit_student_of_a_pruned_network(bits, tmp_path):
     [
         lambda: NetworkSlimmingCallback("l1", 0.05, example_inputs=IMAGES[:1]),
         lambda: SparseGroupCallback("l0", strength=1e-3, split=0.1, example_inputs=IMAGES[:1]),
+        lambda: GrowingRegularizationCallback({"macs": 0.6}, example_inputs=IMAGES[:1]),
     ],
-    ids=["slimming", "sparse_group"],
+    ids=["slimming", "sparse_group", "growing"],
 )
 def test_methods_act_on_the_student(method, tmp_path):
     student, teacher = resnet(0), resnet(1)

@@ -1,4 +1,4 @@
-"""Recipes with trained rank pruning, factorize and sparse groups, from digits to a reloaded model."""
+"""Recipes with trained rank pruning, factorize, sparse groups and growing regularisation, from digits to a reloaded model."""
 
 from __future__ import annotations
 
@@ -58,6 +58,21 @@ def test_zero_groups_go(tmp_path: Path) -> None:
     assert "group_norms.png" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
+def test_what_the_target_of_growing_regularisation_names_goes(tmp_path: Path) -> None:
+    result = run_recipe(
+        recipe(
+            {"stage": "growing_regularization", "steps": 6, "target": {"macs": 0.5}, "refresh": 2},
+            {"stage": "prune", "support": True},
+            {"stage": "finetune", "steps": 2},
+        ),
+        output=tmp_path / "run",
+        say=lambda line: None,
+    )
+    metrics = result.metrics
+    assert 0.4 * metrics["dense"]["macs"] < metrics["compressed"]["macs"] <= 0.5 * metrics["dense"]["macs"]
+    assert metrics["reload_max_abs_diff"] == 0
+
+
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
@@ -68,6 +83,10 @@ def test_zero_groups_go(tmp_path: Path) -> None:
         ({"stage": "trained_rank_pruning", "steps": 2, "targets": ["nothing.*"]}, "nothing"),
         ({"stage": "trained_rank_pruning", "steps": 2, "period": 0}, "period"),
         ({"stage": "sparse_group", "steps": 2, "element": "l7"}, "l7"),
+        ({"stage": "growing_regularization", "steps": 2, "target": {"macs": 0.001}}, "cannot be reached"),
+        ({"stage": "growing_regularization", "steps": 2, "target": {"latency": 0.5}}, "name macs, params or both"),
+        ({"stage": "growing_regularization", "steps": 2, "target": 0.5, "hold": 0.1}, "warmup"),
+        ({"stage": "growing_regularization", "steps": 2}, "target"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(stage: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -90,6 +109,7 @@ def test_support_does_not_reach_over_a_factorisation() -> None:
 def test_the_names_are_public() -> None:
     for name in (
         "factorize",
+        "GrowingRegularizationCallback",
         "SparseGroupCallback",
         "TrainedRankPruningCallback",
         "quantize",
