@@ -85,6 +85,24 @@ def test_readers_that_cannot_take_a_constant_are_reported_and_logged(caplog: pyt
     assert "could not take over their constants exactly" in caplog.text
 
 
+def test_a_constant_that_float32_rounds_away_is_no_cause_for_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 4, 3), nn.AdaptiveAvgPool2d(1)
+    )
+    nn.init.constant_(model[1].bias, 1e-12)
+    axes = find_axes(model, torch.zeros(1, 3, 8, 8))
+    gone = third_of_every_exact_axis(axes)
+    for name, mask in gone.masks(axes).items():  # as training leaves what is about to go
+        for member in axes[name].producers:
+            if member.parameter == "1.weight":
+                model[1].weight.data[~mask] = 1e-12
+    with caplog.at_level(logging.WARNING, logger="hf_compress"):
+        shrink(model, gone, fold_shift=True, example_inputs=torch.zeros(1, 3, 8, 8))
+    (report,) = model.hf_compress_shift_report
+    assert not report.is_exact and report.max_abs_difference < 1e-6 and not caplog.text
+
+
 def test_without_shifts_there_is_nothing_to_carry() -> None:
     model, x = FAMILIES["resnet_basic"]()
     for module in model.modules():
