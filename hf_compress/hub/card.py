@@ -83,6 +83,12 @@ _FIGURES = (  # key in metrics.json, row of the table, whether the value takes k
     ("latency_ms", "PyTorch", False, "ms"),
     ("onnx_latency_ms", "ONNX Runtime", False, "ms"),
 )
+_TAGS = {  # of a stage, where it is not the stage's own name
+    "prune": "pruning",
+    "quantize": "quantization",
+    "distill": "knowledge-distillation",
+    **dict.fromkeys(("train", "finetune", "derive", "export", "report", "push"), ""),
+}
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 _SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line of a narrow table
 
@@ -193,7 +199,8 @@ def _metadata(card: CardContent) -> str:
         for key, (kind, name) in task.figures.items()
         if (value := card.compressed.get(key)) is not None
     ]
-    methods = [stage.replace("_", "-") for stage in card.stages if stage.endswith("_slimming")]
+    methods = [_TAGS.get(stage, stage.replace("_", "-")) for stage in card.stages]
+    methods = [tag for tag in dict.fromkeys(methods) if tag]
     data = ModelCardData(
         model_name=card.title,
         base_model=card.base_model,
@@ -203,7 +210,7 @@ def _metadata(card: CardContent) -> str:
         license=card.license,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         pipeline_tag=(card.task if task.pipeline_tag is None else task.pipeline_tag) or None,
-        tags=["hf_compress", "pruning", "model-compression", *methods, *card.tags],
+        tags=["hf_compress", "model-compression", *methods, *card.tags],
     )
     return data.to_yaml().strip()
 

@@ -178,7 +178,9 @@ def _panel(axes: Any, title: str, pairs: Sequence[tuple[int, int]]) -> None:
 
 
 def plot_sparsity(path: str | Path, history: Iterable[Mapping[str, Any]]) -> Path:
-    """Share of scales that have vanished, over the training steps: all axes together, and each one faintly.
+    """Share of indices that have vanished, over the training steps: all axes together, and each one faintly.
+
+    What counts is a method's own: scales, scores or weights.
 
     Args:
         path: the PNG to write.
@@ -205,7 +207,7 @@ def plot_sparsity(path: str | Path, history: Iterable[Mapping[str, Any]]) -> Pat
         axes.grid(axis="y", color="#E3E3E3")
         axes.set_axisbelow(True)
         axes.set_xlabel("training step")
-        axes.set_title("scales close to zero", loc="left")
+        axes.set_title("indices close to zero", loc="left")
         if names:
             axes.figure.legend(loc="outside lower center", ncols=2)
     return Path(path)

@@ -176,7 +176,7 @@ def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, A
             entries = json.loads(history.read_text(encoding="utf-8"))
             if len({entry["step"] for entry in entries if "sparsity" in entry}) > 1:  # one point is no curve
                 plot_sparsity(made / "sparsity.png", entries)
-                pictures["sparsity.png"] = "Share of scales close to zero while training."
+                pictures["sparsity.png"] = "Share of indices close to zero while training."
         if isinstance(stage, SparseGroupStage):
             norms = [
                 method_callback(prepared.recipe, number - 1, prepared.example_inputs).group_norms(

@@ -82,7 +82,7 @@ def test_metadata_goes_round(folder):
     data = ModelCard.load(write_card(folder, FULL)).data
     assert data.library_name == "transformers" and data.pipeline_tag == "image-classification"
     assert data.base_model == "user/dense" and data.license == "apache-2.0" and data.metrics == ["accuracy"]
-    assert data.tags == ["hf_compress", "pruning", "model-compression", "network-slimming", "digits"]
+    assert data.tags == ["hf_compress", "model-compression", "network-slimming", "pruning", "digits"]
     assert data.model_name == FULL.title
     (result,) = data.eval_results
     assert (result.task_type, result.metric_type, result.metric_value) == ("image-classification", "accuracy", 0.9722)
