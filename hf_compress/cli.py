@@ -413,7 +413,13 @@ def _calibration(name: str, model: Any, folder: Path) -> list[dict[str, Any]]:
     mode = "L" if example_inputs_for(model)["pixel_values"].shape[1] == 1 else "RGB"
     batches = []
     for start in range(0, len(files), 32):
-        pictures = [Image.open(path).convert(mode) for path in files[start : start + 32]]
+        pictures = []
+        for path in files[start : start + 32]:
+            try:
+                with Image.open(path) as picture:
+                    pictures.append(picture.convert(mode))
+            except OSError as error:
+                raise DataError(f"--images: {path} cannot be read ({error}). Take it out of the folder.") from error
         batches.append({"pixel_values": processor(images=pictures, return_tensors="pt")["pixel_values"]})
     return batches
 

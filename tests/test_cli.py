@@ -160,6 +160,8 @@ def test_images_of_a_folder_calibrate(model: Path, tmp_path: Path) -> None:
     assert "Add --int8" in call(*asked, "--images", tmp_path / "images", code=1)
     assert "holds no image" in call(*asked, "--int8", "--images", tmp_path / "empty", code=1)
     assert "no folder" in call(*asked, "--int8", "--images", tmp_path / "nowhere", code=1)
+    (tmp_path / "empty" / "broken.png").write_bytes(b"no picture")
+    assert "broken.png cannot be read" in call(*asked, "--int8", "--images", tmp_path / "empty", code=1)
     assert not (tmp_path / "no.onnx").exists()
 
 

@@ -218,13 +218,40 @@ def _float_inputs(model: nn.Module) -> Iterator[None]:
             vars(module)["hf_compress_input"] = quantizer
 
 
+def _weights_in(model: nn.Module, graph: Any) -> dict[str, tuple[str, Tensor, bool]]:
+    """Path of a layer -> name and values of its weight in the file, and whether it lies there transposed.
+
+    The exporter keeps names, and folds BatchNorm into the values; but what a matrix product reads it transposes and calls
+    otherwise, so that such a weight is found by its values.
+    """
+    from onnx import numpy_helper
+
+    held = {item.name: item for item in graph.initializer}
+    matrices = {name for node in graph.node if node.op_type == "MatMul" for name in node.input if name in held}
+    others: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+    for name in sorted(matrices):
+        values = torch.from_numpy(numpy_helper.to_array(held[name]).copy())
+        others.setdefault(tuple(values.shape), []).append((name, values))
+    found: dict[str, tuple[str, Tensor, bool]] = {}
+    for path, layer in quantizable_layers(model).items():
+        weight = cast(Tensor, layer.weight).detach().cpu().float()
+        item = held.get(f"model.{path}.weight")
+        if item is not None:
+            found[path] = item.name, torch.from_numpy(numpy_helper.to_array(item).copy()), False
+            continue
+        for name, values in others.get(tuple(weight.mT.shape), []):
+            if torch.equal(values, weight.mT):
+                found[path] = name, values, True
+                break
+    return found
+
+
 def _float_layers(model: nn.Module) -> set[str]:
-    """Names of the weights of the layers that a quantized model leaves float; none for a model that is float itself."""
+    """Paths of the layers that a quantized model leaves float; none of a model that is float itself."""
     scheme = quantization_of(model)
     if scheme is None:
         return set()
-    chosen = {*(scheme.layers or ()), *(scheme.activation_layers or ())}
-    return {f"model.{path}.weight" for path in quantizable_layers(model) if path not in chosen}
+    return {*quantizable_layers(model)} - {*(scheme.layers or ()), *(scheme.activation_layers or ())}
 
 
 def _behind_the_weights(graph: Any) -> list[str]:
@@ -239,32 +266,29 @@ def _behind_the_weights(graph: Any) -> list[str]:
     return behind
 
 
-def _own_grids(model: nn.Module, graph: Any, reduce_range: bool) -> dict[str, list[dict[str, Any]]]:
+def _own_grids(
+    model: nn.Module, graph: Any, weights: dict[str, tuple[str, Tensor, bool]], reduce_range: bool
+) -> dict[str, list[dict[str, Any]]]:
     """Scales that the model has for tensors of the file, as ONNX Runtime's tools take them.
 
     Without them weights on a grid would be rounded to another one, and activations to ranges that the model was not
     trained with. The exporter folds BatchNorm into convolutions, so scales are read off the file's weights with the help
     of the model's codes.
     """
-    from onnx import numpy_helper
-
-    weights = {weight.name: weight for weight in graph.initializer}
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     found: dict[str, list[dict[str, Any]]] = {}
     ranges: dict[str, list[dict[str, Any] | None]] = {}
-    for path, layer in quantizable_layers(model).items():
-        name = f"model.{path}.weight"
-        if name not in weights or len(readers.get(name, ())) != 1:
+    for path, (name, written, is_transposed) in weights.items():
+        layer = model.get_submodule(path)
+        if len(readers[name]) != 1:
             continue
         held = vars(layer).get("hf_compress_weight")
         if isinstance(held, FrozenWeight) and not (reduce_range and held.quantizer.bits == 8):
-            codes = held.codes(cast(Tensor, layer._parameters["weight"]), path)
-            grid = _grid(
-                torch.from_numpy(numpy_helper.to_array(weights[name]).copy()), codes, held.quantizer.channel_dim
-            )
+            codes, dim = held.codes(cast(Tensor, layer._parameters["weight"]), path), held.quantizer.channel_dim or 0
+            grid = _grid(written, codes.mT if is_transposed else codes, 1 - dim if is_transposed else dim)
             if grid is not None:
                 found[name] = grid
         quantizer = vars(layer).get("hf_compress_input")
@@ -273,20 +297,17 @@ def _own_grids(model: nn.Module, graph: Any, reduce_range: bool) -> dict[str, li
             step, zero = affine_of(cast(Tensor, layer._parameters[BOUNDS]).detach().float(), 8)
             own = {"scale": np.array(step, np.float32), "zero_point": np.array(zero, np.uint8)}
         ranges.setdefault(readers[name][0].input[0], []).append(own)
-    for (
-        name,
-        given,
-    ) in ranges.items():  # a tensor has one scale in the file; layers that disagree leave it to calibration
+    for name, given in ranges.items():
+        # a tensor has one scale in the file; layers that disagree leave it to calibration
         if given[0] is not None and all(other == given[0] for other in given):
             found[name] = [given[0]]
     return found
 
 
-def _grid(weight: Tensor, codes: Tensor, dim: int | None) -> list[dict[str, Any]] | None:
-    """The scale of every channel of a weight that is a multiple of integers; None where it is not."""
+def _grid(weight: Tensor, codes: Tensor, axis: int) -> list[dict[str, Any]] | None:
+    """The scale of every channel along an axis of a weight that is a multiple of integers; None where it is not."""
     if weight.shape != codes.shape or codes.abs().max() > 127:
         return None
-    axis = 0 if dim is None else dim
     rows, whole = (tensor.transpose(0, axis).flatten(1).double() for tensor in (weight, codes))
     scale = ((rows * whole).sum(1) / whole.square().sum(1).clamp_min(1)).abs()
     scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
@@ -306,7 +327,8 @@ def _quantize(model: nn.Module, source: Path, target: Path, images: Tensor | Non
             "int8 export needs onnx, and onnxruntime with its quantization tools. Try: pip install hf-compress[export]"
         ) from error
     graph = onnx.load(source).graph
-    kept = _float_layers(model)
+    weights = _weights_in(model, graph)
+    kept = {weights[path][0] for path in _float_layers(model) & weights.keys()}
     left = [node.name for node in graph.node if kept.intersection(node.input)] + _behind_the_weights(graph)
     shared = {
         "per_channel": True,
@@ -337,7 +359,7 @@ def _quantize(model: nn.Module, source: Path, target: Path, images: Tensor | Non
             Reader(),
             quant_format=tools.QuantFormat.QDQ,
             activation_type=tools.QuantType.QUInt8,
-            extra_options={"TensorQuantOverrides": _own_grids(model, graph, reduce_range)},
+            extra_options={"TensorQuantOverrides": _own_grids(model, graph, weights, reduce_range)},
             **shared,
         )
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -97,6 +98,29 @@ def test_the_file_has_the_models_own_codes_and_ranges(digits, tmp_path):
             abs(float(v) - step) < 1e-6 * step for k, v in held.items() if k.endswith("_scale") and not v.shape
         )
     assert inputs >= len(layers) - 2  # but where two layers that read one tensor have other ranges
+
+
+def test_linear_layers_are_found_though_the_exporter_renames_them(tmp_path, monkeypatch):
+    model, x = FAMILIES["vit"]()
+    images = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(0))
+    scheme = HfCompressConfig(weights=4, activations=8, activation_scheme="static", skip=["first", "last", "*.mlp.fc2"])
+    quantize(model, scheme, [images])
+    monkeypatch.setattr("hf_compress.export.int8._is_mostly_linear", lambda model: False)  # the static form
+    path = export_int8_onnx(
+        model, tmp_path / "m.onnx", x[:1], calibration=[images], min_agreement=0, reduce_range=False
+    )
+    graph = onnx.load(path).graph
+    held = [onnx.numpy_helper.to_array(item) for item in graph.initializer]
+    codes = {name: v["hf_compress_weight"].codes(v["_parameters"]["weight"], name).numpy().T
+             for name, v in ((name, vars(model.get_submodule(name))) for name in quantization_of(model).layers)}  # fmt: skip
+    assert len(codes) == 10
+    for code in codes.values():
+        assert any(value.dtype == np.int8 and value.shape == code.shape and (value == code).all() for value in held)
+    for layer in model.vit.layers:  # float in the model, float in the file
+        weight = layer.mlp.fc2.weight.detach().numpy().T
+        assert any(
+            value.dtype == np.float32 and value.shape == weight.shape and (value == weight).all() for value in held
+        )
 
 
 def test_dynamic(tmp_path):
