@@ -145,7 +145,6 @@ def test_a_folder_takes_the_place_of_rendered_weak_labels(tmp_path: Path) -> Non
         ({"eyes": {"trian": 5}}, "train"),
         ({"eyes": {"folder": "here"}}, "both"),
         ({"task": "image-classification"}, "eye-openness"),
-        ({"stages": [{"stage": "train", "epochs": 1}, {"stage": "distill", "teacher_stage": 0}]}, "distill"),
     ],
 )
 def test_what_does_not_belong_is_named(changes: dict[str, Any], message: str) -> None:
