@@ -323,7 +323,7 @@ def plan_of_macs(axes: AxisGraph, kinds: Sequence[str], scores: dict[str, Tensor
     return shares_plan(axes, kinds, scores, high)
 
 
-# search and search-once come first: the others are brought to the MACs of one of them
+# search comes first: the others are brought to its MACs
 WAYS = ("search", "magnitude", "taylor", "torch-pruning", "search-once", "scratch")
 FROM_RANDOM = ("dense-once", "search-once", "scratch")
 
@@ -341,12 +341,12 @@ class Run:
         return model
 
     @cached_property
-    def middle(self) -> PreTrainedModel:
+    def plain(self) -> tuple[PreTrainedModel, float]:
+        """The dense model after ordinary middle steps, and the seconds that these took."""
         model = copy.deepcopy(self.dense)
         start = time.perf_counter()
         self.train_middle(model)
-        self.plain_seconds = time.perf_counter() - start
-        return model
+        return model, time.perf_counter() - start
 
     @cached_property
     def axes(self) -> AxisGraph:
@@ -365,11 +365,11 @@ class Run:
         return DimensionSearchCallback(strength, share, warmup=warmup, kinds=self.task.kinds)
 
     def search(self, share: float, strength: float) -> tuple[PreTrainedModel, dict[str, Any]]:
-        self.middle  # noqa: B018  (its time is what the search's is compared with)
+        plain_seconds = self.plain[1]
         model, search = copy.deepcopy(self.dense), self.callback(share, strength)
         start = time.perf_counter()
         self.train_middle(model, [search])
-        ratio = (time.perf_counter() - start) / self.plain_seconds
+        ratio = (time.perf_counter() - start) / plain_seconds
         shrink(model, search.plan(model))
         return model, {"step_time_ratio": ratio}
 
@@ -388,7 +388,7 @@ class Run:
         """
         task, axes, settings = self.task, self.axes, self.settings
         if way == "dense":
-            return copy.deepcopy(self.middle), {}
+            return copy.deepcopy(self.plain[0]), {}
         if way == "search":
             return self.search(share, settings.strength)
         if way == "search-once":
@@ -400,7 +400,7 @@ class Run:
                 shrink(model, plan_of_macs(axes, task.kinds, zeros, macs), axes=axes)
             self.train_once(model)
             return model, {}
-        model = copy.deepcopy(self.middle)
+        model = copy.deepcopy(self.plain[0])
         if way == "torch-pruning":
             task.torch_pruned(model, macs)
             return model, {}

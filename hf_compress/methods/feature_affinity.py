@@ -54,8 +54,8 @@ class FeatureAffinityDistillation(PreTrainedModel):
 
     The loss is ``kd_weight`` times the distance of the logits, plus ``affinity_weight`` times the sum over features of the
     distance of their affinities, plus ``label_weight`` times the student's own loss; of detectors also ``box_weight``
-    times the distance of the boxes. Classifiers, segmenters, detectors and regressors with ``logits`` will do. Pass it to ``Trainer`` as the model;
-    with ``label_weight=0`` labels are not read, and the data need not have any. Train in low bits by adding
+    times the distance of the boxes. Classifiers, segmenters, detectors and regressors with ``logits`` will do. Pass it to
+    ``Trainer`` as the model; with ``label_weight=0`` labels are not read, and the data need not have any. Train in low bits by adding
     :class:`~hf_compress.QuantizationAwareTrainingCallback`, and have the parts of the loss logged by
     :class:`~hf_compress.DistillationCallback`; both, like all callbacks of this package, act on the student.
 
@@ -266,8 +266,8 @@ class FeatureAffinityDistillation(PreTrainedModel):
     def take_parts(self) -> dict[str, Tensor]:
         """The mean of every part of the loss over the training passes since the last call; scalars on the device.
 
-        ``kd_loss``, ``box_loss``, ``affinity_loss`` and ``label_loss`` with their weights, so that they add up to the loss; and
-        ``affinity/<feature>`` for every feature, without one.
+        ``kd_loss``, ``box_loss``, ``affinity_loss`` and ``label_loss`` with their weights, so that they add up to the
+        loss; and ``affinity/<feature>`` for every feature, without one.
         """
         found = {name: value / self._count for name, value in self._sums.items()}
         self._sums, self._count = {}, 0
@@ -403,8 +403,8 @@ class Adaptor(nn.Module):
 class DistillationCallback(TrainerCallback, ExportableState):
     """Log the parts of the loss of :class:`FeatureAffinityDistillation`, and leave a clean student when training ends.
 
-    ``kd_loss``, ``box_loss``, ``affinity_loss`` and ``label_loss`` go to Trainer's logs, as means since the last log and over processes,
-    with their weights; the affinity loss of every feature goes to ``state.log_history``, without one. For reporters
+    ``kd_loss``, ``box_loss``, ``affinity_loss`` and ``label_loss`` go to Trainer's logs, as means since the last log and
+    over processes, with their weights; the affinity loss of every feature goes to ``state.log_history``, without one. For reporters
     (TensorBoard and the like) call :func:`hf_compress.report_first`.
 
     Raises:
