@@ -13,6 +13,7 @@ so few steps, and then the last steps:
 
 * dense-once: the whole model,
 * search-once: with DimensionSearchCallback all along, the cut before the last steps,
+* search-held: the same with ``hold``, by which what goes is zero some time before the cut,
 * scratch: a small dense model of uniform widths with the MACs of the searched one.
 
 The classifier is a small ViT on Fashion-MNIST, measured by accuracy; queries and keys, values and hidden units are
@@ -70,6 +71,10 @@ HERE = Path(__file__).resolve().parent
 FLOOR = {"qk": 8, "v": 8, "mlp": 16, "channels": 1}
 STRENGTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
 WARMUPS = (0.1, 0.3, 0.6)
+HOLDS = ((0.1, 0.6), (0.3, 0.8), (0.6, 0.9))  # warm-up and hold
+
+
+TUNED = ("strength", "once_warmup", "held_warmup", "held_hold")  # settings of Protocol that --tune is for
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ class Protocol:
     weight_decay: float = 0.05
     strength: float = 1.0
     once_warmup: float = 0.6
+    held_warmup: float = 0.3
+    held_hold: float = 0.8
     hidden_size: int = 96
     layers: int = 4
     heads: int = 3
@@ -305,10 +312,16 @@ TASKS: dict[str, type[Classifier] | type[Detector]] = {"classifier": Classifier,
 
 
 def shares_plan(axes: AxisGraph, kinds: Sequence[str], scores: dict[str, Tensor], share: float) -> Plan:
-    """The same share of every kind, ranked over all layers, for any scores."""
+    """The same share of every kind, or all that its floors let go, ranked over all layers, for any scores."""
     searched = [axis.name for axis in searched_axes(axes, "the model", kinds)]
-    floors = {name: min(FLOOR[kind_of(axes[name], axes)], axes[name].size) for name in searched}
-    return plan_of_shares(axes, {name: scores[name] for name in searched}, floors, dict.fromkeys(searched, share))
+    kind_by_name = {name: kind_of(axes[name], axes) for name in searched}
+    floors = {name: min(FLOOR[kind], axes[name].size) for name, kind in kind_by_name.items()}
+    shares = {}
+    for name, kind in kind_by_name.items():
+        alike = [other for other in searched if kind_by_name[other] == kind]
+        kept = sum(floors[other] for other in alike) / sum(axes[other].size for other in alike)
+        shares[name] = min(share, 1 - kept)
+    return plan_of_shares(axes, {name: scores[name] for name in searched}, floors, shares)
 
 
 def plan_of_macs(axes: AxisGraph, kinds: Sequence[str], scores: dict[str, Tensor], macs: float) -> Plan:
@@ -324,8 +337,8 @@ def plan_of_macs(axes: AxisGraph, kinds: Sequence[str], scores: dict[str, Tensor
 
 
 # search comes first: the others are brought to its MACs
-WAYS = ("search", "magnitude", "taylor", "torch-pruning", "search-once", "scratch")
-FROM_RANDOM = ("dense-once", "search-once", "scratch")
+WAYS = ("search", "magnitude", "taylor", "torch-pruning", "search-once", "search-held", "scratch")
+FROM_RANDOM = ("dense-once", "search-once", "search-held", "scratch")
 
 
 class Run:
@@ -361,8 +374,10 @@ class Run:
         steps = self.settings.dense_steps + self.settings.middle_steps
         self.task.train(model, self.seed, steps, self.settings.learning_rate, callbacks)
 
-    def callback(self, share: float, strength: float, warmup: float = 0.1) -> DimensionSearchCallback:
-        return DimensionSearchCallback(strength, share, warmup=warmup, kinds=self.task.kinds)
+    def callback(
+        self, share: float, strength: float, warmup: float = 0.1, hold: float | None = None
+    ) -> DimensionSearchCallback:
+        return DimensionSearchCallback(strength, share, warmup=warmup, hold=hold, kinds=self.task.kinds)
 
     def search(self, share: float, strength: float) -> tuple[PreTrainedModel, dict[str, Any]]:
         plain_seconds = self.plain[1]
@@ -373,8 +388,8 @@ class Run:
         shrink(model, search.plan(model))
         return model, {"step_time_ratio": ratio}
 
-    def search_once(self, share: float, strength: float, warmup: float) -> PreTrainedModel:
-        model, search = self.task.build(self.seed), self.callback(share, strength, warmup)
+    def search_once(self, share: float, strength: float, warmup: float, hold: float | None = None) -> PreTrainedModel:
+        model, search = self.task.build(self.seed), self.callback(share, strength, warmup, hold)
         self.train_once(model, [search])
         shrink(model, search.plan(model))
         return model
@@ -393,6 +408,8 @@ class Run:
             return self.search(share, settings.strength)
         if way == "search-once":
             return self.search_once(share, settings.strength, settings.once_warmup), {}
+        if way == "search-held":
+            return self.search_once(share, settings.strength, settings.held_warmup, settings.held_hold), {}
         if way in FROM_RANDOM:
             model = task.build(self.seed)
             if way == "scratch":
@@ -419,11 +436,12 @@ class Run:
         return {task.metric: task.evaluate(model, split), "params": left.params, "macs": left.macs, **before}
 
 
-Done = dict[tuple[Any, ...], dict[str, Any]]  # seed, way, share, strength and warm-up -> what was written
+Done = dict[tuple[Any, ...], dict[str, Any]]  # seed, way, share, strength, warm-up and hold -> what was written
+NO_SETTING = (None, None, None)  # of a run that is no trial of settings
 
 
 def key_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record.get(name) for name in ("seed", "way", "share", "strength", "warmup"))
+    return tuple(record.get(name) for name in ("seed", "way", "share", "strength", "warmup", "hold"))
 
 
 def run_seed(task: Classifier | Detector, seed: int, write: Any, done: Done, ways: Sequence[str]) -> None:
@@ -431,10 +449,10 @@ def run_seed(task: Classifier | Detector, seed: int, write: Any, done: Done, way
     run = Run(task, seed)
     wanted = [("dense", 0.0), ("dense-once", 0.0), *((way, share) for share in task.settings.shares for way in WAYS)]
     for way, share in wanted:
-        if way not in ways or (seed, way, share, None, None) in done:
+        if way not in ways or (seed, way, share, *NO_SETTING) in done:
             continue
-        searched = done.get((seed, "search", share, None, None), {})
-        if way not in ("dense", "dense-once", "search", "search-once") and not searched:
+        searched = done.get((seed, "search", share, *NO_SETTING), {})
+        if way not in ("dense", "dense-once", "search", "search-once", "search-held") and not searched:
             raise SystemExit(f"{way} is brought to the MACs of the searched model: run search for seed {seed} first.")
         start = time.perf_counter()
         try:
@@ -451,12 +469,13 @@ def run_seed(task: Classifier | Detector, seed: int, write: Any, done: Done, way
 
 
 def tune(task: Classifier | Detector, write: Any, done: Done, ways: Sequence[str]) -> None:
-    """Every strength of the search, every warm-up of the search from random weights, on the validation split."""
-    run, strength = Run(task, TUNING_SEED), task.settings.strength
+    """Every strength of the search, every warm-up and hold of those from random weights, on the validation split."""
+    run, strength, last_share = Run(task, TUNING_SEED), task.settings.strength, task.settings.shares[-1]
     grid: list[dict[str, Any]] = [
         {"way": "search", "share": share, "strength": value} for share in task.settings.shares for value in STRENGTHS
     ]
-    grid += [{"way": "search-once", "share": task.settings.shares[-1], "warmup": value} for value in WARMUPS]
+    grid += [{"way": "search-once", "share": last_share, "warmup": value} for value in WARMUPS]
+    grid += [{"way": "search-held", "share": last_share, "warmup": warmup, "hold": hold} for warmup, hold in HOLDS]
     for setting in grid:
         if setting["way"] not in ways or key_of({"seed": TUNING_SEED, **setting}) in done:
             continue
@@ -464,7 +483,7 @@ def tune(task: Classifier | Detector, write: Any, done: Done, ways: Sequence[str
         if setting["way"] == "search":
             model, more = run.search(share, setting["strength"])
         else:
-            model = run.search_once(share, strength, setting["warmup"])
+            model = run.search_once(share, strength, setting["warmup"], setting.get("hold"))
         write({"seed": TUNING_SEED, **setting, **run.finish(setting["way"], model, "validation"), **more})
 
 
@@ -496,9 +515,10 @@ def table(records: list[dict[str, Any]], metric: str) -> str:
     tuned = [record for record in records if record["seed"] == TUNING_SEED]
     if tuned:
         lines += ["", f"Settings, on the validation split, seed {TUNING_SEED}:", ""]
-        lines += [f"| removed | way | strength | warm-up | {metric} |", "|---|---|---|---|---|"]
+        lines += [f"| removed | way | strength | warm-up | hold | {metric} |", "|---|---|---|---|---|---|"]
         lines += [
-            f"| {row['share']:.0%} | {row['way']} | {row.get('strength', '')} | {row.get('warmup', '')} | {row[metric]:.2f} |"
+            f"| {row['share']:.0%} | {row['way']} | {row.get('strength', '')} | {row.get('warmup', '')} | "
+            f"{row.get('hold', '')} | {row[metric]:.2f} |"
             for row in tuned
         ]
     return "\n".join(lines)
@@ -526,7 +546,7 @@ def main() -> None:
         lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
         return [json.loads(line) for line in lines]
 
-    shared = {key: value for key, value in settings.items() if key not in ("strength", "once_warmup")}  # tuned
+    shared = {key: value for key, value in settings.items() if key not in TUNED}
     for record in finished():
         if {key: record["protocol"][key] for key in shared} != shared:
             raise SystemExit(f"{output} holds results of another protocol; move it away.")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -80,8 +81,9 @@ class DimensionSearchCallback(AxisCallback):
     Choosing the numbers. A score that the loss does not defend falls by ``lr * lr_factor * strength`` per step, so it
     reaches zero only where the sum of that over the steps after the warm-up exceeds 1; logs show the share of zeros.
     With a share as target only the lowest scores are penalised, those that :meth:`plan` would remove at that moment;
-    the others are free, so a high strength decides early and does no other harm, and at the end the removal itself
-    changes nothing. Otherwise all scores are penalised and ``strength`` decides how many vanish: Adam's own steps are
+    the others are free, so a high strength decides early and does no other harm. With ``hold`` the removal changes
+    nothing at the end whatever the learning rate and the strength: the magnitudes of the lowest scores are bounded by a
+    line that falls from 1 where the warm-up ends to 0 at ``hold``. Otherwise all scores are penalised and ``strength`` decides how many vanish: Adam's own steps are
     at most about ``lr * lr_factor``, so with it a score is defended where the mean of its gradient, over its root
     mean square, exceeds ``strength``; try 0.05 to 0.5, and from 1 on everything falls.
 
@@ -93,6 +95,8 @@ class DimensionSearchCallback(AxisCallback):
             ``{"latency": limit}``. None: what became zero.
         warmup: steps before the penalty begins; below 1, a share of all steps. Scores start equal, so that the first
             ones tell little.
+        hold: share of all steps after which what ``target`` removes is zero; above the warm-up, at most 1. The steps after
+            it train what is left. Needs a target in shares and the proximal update. None: the penalty alone decides when.
         penalty: a name, a mapping ``{"name": ..., parameters}`` or a Penalty. MCP and SCAD stop pulling at scores beyond
             ``a * strength``; scores start at 1.
         kinds: which kinds of axes to search: "qk", "v", "mlp", "heads", "residual", "channels" (all others, those of
@@ -124,6 +128,7 @@ class DimensionSearchCallback(AxisCallback):
         target: float | Mapping[str, float] | None = None,
         warmup: float = 0.1,
         *,
+        hold: float | None = None,
         penalty: str | Mapping[str, Any] | Penalty = "l1",
         kinds: str | Sequence[str] | None = None,
         axes: str | Sequence[str] | None = None,
@@ -137,6 +142,7 @@ class DimensionSearchCallback(AxisCallback):
         self.strength = strength
         self.target = target
         self.warmup = warmup
+        self.hold = hold
         self.penalty = penalty
         self.kinds = kinds
         self.axes = axes
@@ -178,6 +184,12 @@ class DimensionSearchCallback(AxisCallback):
         scores.is_training.fill_(True)
         is_share = 0 < self.warmup < 1
         self._warmup_steps = round(self.warmup * state.max_steps if is_share else self.warmup)
+        self._hold_step = None if self.hold is None else round(self.hold * state.max_steps)
+        if self._hold_step is not None and self._hold_step <= self._warmup_steps:
+            raise MethodError(
+                f"hold={self.hold!r} is not possible: of {state.max_steps} steps it is step {self._hold_step}, and the warm-up "
+                f"(warmup={self.warmup!r}) ends at step {self._warmup_steps}. Give a later hold or a shorter warm-up."
+            )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -205,7 +217,7 @@ class DimensionSearchCallback(AxisCallback):
                 alpha = self._before + self.lr_factor * (alpha - self._before)
             if self.update == "proximal" and state.global_step >= self._warmup_steps:
                 step = float(kwargs["optimizer"].param_groups[self._group]["lr"]) * self.lr_factor
-                alpha = self._shrunk(alpha, step)
+                alpha = self._shrunk(alpha, step, self._bound(state.global_step + 1))
             self.scales_.write(alpha)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -228,7 +240,7 @@ class DimensionSearchCallback(AxisCallback):
     ) -> None:
         # load_best_model_at_end has put the best checkpoint's scores back by now
         if self.scales_ is not None:
-            self._warn_if_short()
+            self._warn_if_short(remedy="Give hold=0.9, raise strength or lr_factor, or train longer.")
             self.fold(trained_model(kwargs))
             super().on_train_end(args, state, control, **kwargs)
 
@@ -348,6 +360,15 @@ class DimensionSearchCallback(AxisCallback):
                 raise MethodError(f"there is no kind {kind!r}; choose among {', '.join(KINDS)}.")
         if self.update not in ("proximal", "subgradient"):
             raise MethodError(f"update={self.update!r} is not possible; choose 'proximal' or 'subgradient'.")
+        if self.hold is not None:
+            check_number("hold", self.hold, minimum=0, is_open=True)
+            if self.hold > 1:
+                raise MethodError(f"hold={self.hold!r} is not possible: it is a share of all steps, at most 1.")
+            if self.target is None or self._is_budget() or self.update != "proximal":
+                raise MethodError(
+                    "hold needs a target in shares, such as target=0.4, and update='proximal': with anything else it is not "
+                    "known before the end of the search which scores are to vanish. Leave hold out."
+                )
         self.penalty_ = as_penalty(self.penalty)
         if self.update == "proximal":
             self.penalty_.proximal(torch.zeros(1), 1.0, 1.0)  # raises where there is no closed form
@@ -426,18 +447,32 @@ class DimensionSearchCallback(AxisCallback):
         for name in names:  # in the order of the kinds
             self._sizes[scores.kinds[name]] += graph[name].size
 
-    def _shrunk(self, alpha: Tensor, step: float) -> Tensor:
-        """[n] scores after the penalty's proximal operator, which acts on those that are to vanish."""
+    def _bound(self, steps: int) -> float:
+        """The largest magnitude of a score that is to vanish, after so many steps."""
+        if self._hold_step is None:
+            return math.inf
+        return max(0.0, (self._hold_step - steps) / (self._hold_step - self._warmup_steps))
+
+    def _shrunk(self, alpha: Tensor, step: float, bound: float = math.inf) -> Tensor:
+        """[n] scores after the penalty's proximal operator, which acts on those that are to vanish.
+
+        Args:
+            alpha: [n].
+            step: the step size.
+            bound: of the magnitudes of those that are to vanish; has a meaning where the target says which.
+        """
         parts = [self.penalty_.proximal(x, step, strength) for x, strength in self._by_kind(alpha)]
         shrunk = torch.cat(parts)
-        return shrunk if self._lowest is None else torch.where(self._lowest(alpha.abs()), shrunk, alpha)
+        if self._lowest is None:
+            return shrunk
+        return torch.where(self._lowest(alpha.abs()), shrunk.clamp(-bound, bound), alpha)
 
     def _by_kind(self, alpha: Tensor) -> Iterator[tuple[Tensor, float]]:
         """For every kind its part of [n] scores and the strength."""
         for part, kind in zip(alpha.split(list(self._sizes.values())), self._sizes, strict=True):
             yield part, _of_kind(self.strength, kind, 0.0)
 
-    def _warn_if_short(self, callback: str = "DimensionSearchCallback", rate: str = "lr_factor") -> None:
+    def _warn_if_short(self, callback: str = "DimensionSearchCallback", *, remedy: str) -> None:
         if self._lowest is None or self.update != "proximal":
             return
         assert self.scales_ is not None
@@ -447,7 +482,7 @@ class DimensionSearchCallback(AxisCallback):
             logger.warning(
                 f"{callback}: of the {len(chosen)} scores that target={self.target} removes, "
                 f"{int((chosen <= self.threshold).sum())} became zero; the largest is {float(chosen.max()):.3g}, so the removal "
-                f"will change what the model computes. Raise strength or {rate}, or train longer."
+                f"will change what the model computes. {remedy}"
             )
 
     def _find_group(self, optimizer: Any, scores: DimensionScores) -> int:

@@ -133,7 +133,8 @@ class WidthSearchCallback(ArchitectureSearchCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._handles:
-            self._dimensions._warn_if_short(type(self).__name__, "architecture_lr")
+            remedy = "Raise strength or architecture_lr, or train longer."
+            self._dimensions._warn_if_short(type(self).__name__, remedy=remedy)
             self._dimensions.scales_ = None  # it holds the parameters
         super().on_train_end(args, state, control, **kwargs)
 

@@ -376,6 +376,7 @@ class DimensionSearchStage(Method):
         target: what ``support: true`` removes in the next prune stage: a share of the dimensions of each kind, kind ->
             share, or a budget such as ``{macs: 0.6}``; what became zero when not given.
         warmup: steps before the penalty begins; below 1, a share of all steps.
+        hold: share of all steps after which what the target removes is zero, for a target in shares.
         penalty, parameters: as in ``network_slimming``.
         kinds: qk, v, mlp, heads, residual, channels; qk, v and mlp when not given.
         inexact: also search axes whose removal is not exactly masking (the residual width).
@@ -389,6 +390,7 @@ class DimensionSearchStage(Method):
     strength: float | dict[str, float] = 1.0
     target: float | dict[str, float] | None = None
     warmup: Annotated[float, Field(ge=0)] = 0.1
+    hold: Annotated[float, Field(gt=0, le=1)] | None = None
     penalty: str = "l1"
     parameters: dict[str, float] = Field(default_factory=dict)
     kinds: list[str] | None = None
@@ -403,6 +405,7 @@ class DimensionSearchStage(Method):
             self.strength,
             self.target,
             self.warmup,
+            hold=self.hold,
             penalty=methods.penalty_from(self.penalty, **self.parameters),
             kinds=self.kinds,
             inexact=self.inexact,

@@ -806,9 +806,9 @@ def _apply_sizes(model: nn.Module, record: Record) -> None:
     for key in {id(tensors[name]): None for name in tensors if name in resized}:
         names = aliases[key]
         tensor, shape = tensors[names[0]], new_shapes[names[0]]
-        if isinstance(tensor, nn.Parameter):
+        if tensor.is_meta or isinstance(tensor, nn.Parameter):
             resized_tensor = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-        else:  # one that checkpoints leave out repeats its values along what was removed
+        else:  # a buffer that checkpoints leave out repeats its values along what was removed
             resized_tensor = tensor[tuple(map(slice, shape))].clone()
         replace_tensor(modules, names, resized_tensor)
     for path in record.biases:

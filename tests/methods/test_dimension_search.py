@@ -424,6 +424,56 @@ def test_warmup_in_steps_and_as_a_share():
         assert (scores.norm[0] < 1).all()
 
 
+def test_hold_brings_what_goes_to_zero_on_a_line():
+    """Also without any penalty; the rest stays where it is."""
+    model, inputs = built("vit")
+    callback = DimensionSearchCallback(0.0, 0.5, 10, hold=0.4, min_keep=2, example_inputs=inputs)
+    scores, step, _ = bare(model, callback, 0.05)  # 100 steps are announced
+    generator = torch.Generator().manual_seed(0)
+    before = {name: 0.2 + torch.rand(scores.graph[name].size, generator=generator) for name in scores.names}
+    set_scores(scores, before)
+    masks = callback.plan(model).masks(scores.graph)
+    for done in range(1, 61):
+        step()
+        bound = math.inf if done <= 10 else max(0.0, (40 - done) / 30)
+        for name, parameter in zip(scores.names, scores.norm, strict=True):
+            expected = torch.where(masks[name], before[name], before[name].clamp(max=bound))
+            torch.testing.assert_close(parameter.detach(), expected)
+            if done >= 40:
+                assert torch.equal(parameter == 0, ~masks[name])
+
+
+def test_with_hold_the_removal_changes_nothing(tmp_path, caplog):
+    def left_by_removal(folder, **options):
+        model, inputs = built("vit", torch.float64)
+        callback = DimensionSearchCallback(0.1, target=0.5, min_keep=2, **options)
+        train(model, callback, folder, max_steps=30)
+        before = outputs(model, inputs)
+        shrink(model, callback.plan(model))
+        return float((outputs(model, inputs) - before).abs().max())
+
+    transformers.utils.logging.enable_propagation()
+    try:
+        assert left_by_removal(tmp_path / "held", hold=0.8) < 1e-12  # float64, other orders of summation
+        assert "became zero" not in caplog.text
+        assert left_by_removal(tmp_path / "free") > 1e-3
+        assert "Give hold=0.9" in caplog.text
+    finally:
+        transformers.utils.logging.disable_propagation()
+
+
+def test_hold_needs_a_target_in_shares_and_steps_after_the_warmup(tmp_path):
+    for options in ({}, {"target": {"macs": 0.5}}, {"target": 0.5, "update": "subgradient"}):
+        with pytest.raises(MethodError, match="hold needs a target in shares"):
+            make_trainer(scaled_classifier(), [DimensionSearchCallback(hold=0.5, **options)], tmp_path)
+    callback = DimensionSearchCallback(
+        target=0.5, warmup=6, hold=0.5, kinds="mlp", min_keep=2, example_inputs=SCALED_INPUTS
+    )
+    trainer = make_trainer(scaled_classifier(), [callback], tmp_path, max_steps=10)
+    with pytest.raises(MethodError, match=r"hold=0.5 .* of 10 steps it is step 5, and the warm-up .* ends at step 6"):
+        trainer.train()
+
+
 def test_strength_by_kind():
     model, inputs = built("vit")
     callback = DimensionSearchCallback({"mlp": 0.5, "qk": 0.1}, warmup=0, lr_factor=1.0, example_inputs=inputs)
@@ -493,6 +543,7 @@ def test_interrupted_search_ends_in_the_same_weights(restore, tmp_path):
     arguments = {
         "target": 0.25,
         "warmup": 4,
+        "hold": 0.9 if restore else None,
         "kinds": ["heads", "qk", "v", "mlp"],
         "min_keep": {"mlp": 4, "qk": 2, "v": 2},
     }
@@ -715,6 +766,8 @@ def test_support_keeps_a_minimum():
         ({"target": {"flops": 0.5}}, "flops"),
         ({"target": {"macs": 0}}, "macs"),
         ({"warmup": -1}, "warmup"),
+        ({"target": 0.5, "hold": 0.0}, "hold=0.0"),
+        ({"target": 0.5, "hold": 1.5}, "hold=1.5"),
         ({"kinds": ("tokens",)}, "no kind 'tokens'"),
         ({"update": "adam"}, "update"),
         ({"penalty": {"name": "lp", "p": 0.3}}, "closed form"),
