@@ -198,18 +198,6 @@ class AxisCallback(TrainerCallback, ExportableState):
             )
         return self._matching(usable, "that has a scale")
 
-    def _with_weights(self, model: nn.Module, graph: AxisGraph) -> list[Axis]:
-        """:meth:`_chosen` of a method that acts on weights, and needs no scales."""
-        if not len(graph):
-            raise NothingToShrinkError(f"{type(model).__name__} has no axis, so there are no groups of weights.")
-        usable = [axis for axis in graph if axis.is_exact or self.inexact]
-        if not usable:
-            raise NothingToShrinkError(
-                f"the axes of {type(model).__name__} are all inexact (for example {next(iter(graph)).name!r}). Pass "
-                "inexact=True to act on them."
-            )
-        return self._matching(usable, "that can be used")
-
     def _matching(self, usable: list[Axis], kind: str) -> list[Axis]:
         """Those of the axes whose names match :attr:`axes`; ``kind`` says in an error which axes there were."""
         if self.axes is None:

@@ -22,17 +22,18 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_compress.axes import Axis, AxisGraph
+from hf_compress.axes import AxisGraph
 from hf_compress.axes.finding import Inputs
 from hf_compress.errors import MethodError, ModelError, NothingToShrinkError
 from hf_compress.surgery.plan import Plan
 from hf_compress.surgery.select import select
 
-from .axis_callback import AxisCallback, check_number
+from .axis_callback import check_number
 from .dimension_plan import plan_of_shares
+from .group_callback import GroupCallback
 from .network_slimming import unscale_gradients
 from .trained_model import trained_model
-from .training_buffer import register, registered, unregister
+from .training_buffer import register
 from .weight_groups import Decay, WeightGroups
 
 logger = logging.get_logger(__name__)
@@ -40,7 +41,7 @@ logger = logging.get_logger(__name__)
 _BUDGETS = ("macs", "params")
 
 
-class GrowingRegularizationCallback(AxisCallback):
+class GrowingRegularizationCallback(GroupCallback):
     """Train towards a budget: what it would remove decays faster and faster, and is gone before it is cut.
 
     The group of an index is everything that leaves the model with it. Every ``refresh`` steps the groups are ranked by
@@ -94,10 +95,9 @@ class GrowingRegularizationCallback(AxisCallback):
         ModelError: at the start of training, when weights are not finite; later, when the training diverged.
     """
 
-    is_exclusive = True
     grouping = "scale"
-    gamma_init = None
-    groups_: WeightGroups | None = None
+    buffer_prefix = "hf_compress_growing"
+    without_buffer = "what goes is chosen anew"
 
     def __init__(
         self,
@@ -130,37 +130,17 @@ class GrowingRegularizationCallback(AxisCallback):
 
     # -- Trainer hooks ------------------------------------------------------------------------------------------
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module = trained_model(kwargs)
-        super().on_init_end(args, state, control, **kwargs)
-        try:
-            groups = self._groups(model)
-        except NothingToShrinkError:
-            return  # on_train_begin reports it; a Trainer that only evaluates has no need of it
-        # Here, so that resuming fills it from the checkpoint: between two choices the set cannot be worked out again from
-        # the weights of that moment. NaN says that nothing filled it.
-        register(model, _name(groups), groups.counts.new_full((2, len(groups.counts)), float("nan")))
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = trained_model(kwargs)
-        self._begin(args, model)
+        factors = self._start(args, model, state)
         self.plan(model)  # raises out of reach
-        self.groups_ = groups = self._groups(model)
-        matrices = [name for name, shape in zip(groups.names, groups.shapes, strict=True) if len(shape) > 1]
-        self._claim(model, state, matrices)
         self._first_step = round(self.warmup * state.max_steps)
         self._last_step = max(round(self.hold * state.max_steps), self._first_step + 1)
         self._decay: Decay | None = None
-        factors = registered(model, _name(groups))
-        if factors is not None and not factors.isnan().any():
-            self._decay = groups.decay(factors[0], factors[1])
-        elif state.global_step > 0:
-            logger.warning(
-                f"{type(self).__name__}: the checkpoint holds no auxiliary variable for these axes, so what goes is chosen "
-                "anew. Resume with a new Trainer, made with the same callback arguments."
-            )
+        if factors is not None:
+            self._decay = self._groups(model).decay(factors[0], factors[1])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -182,17 +162,6 @@ class GrowingRegularizationCallback(AxisCallback):
             return
         scores = self.groups_.by_axis(_relative(self.groups_))
         self._log_sparsity(logs, state, {name: (score < self.threshold).float() for name, score in scores.items()})
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        model: nn.Module = trained_model(kwargs)
-        if self.groups_ is None:
-            return
-        unregister(model, _name(self.groups_))
-        self._decay = None
-        self._warn_if_short(model)
-        self.groups_ = None  # it holds the parameters
 
     # -- results --------------------------------------------------------------------------------------------------
 
@@ -274,14 +243,14 @@ class GrowingRegularizationCallback(AxisCallback):
                 "target={'macs': ...}, or leave out round_to."
             )
 
-    def _chosen(self, model: nn.Module, graph: AxisGraph) -> list[Axis]:
-        return self._with_weights(model, graph)
+    def _first_buffer(self, groups: WeightGroups) -> Tensor:
+        # the factors of the lasso and whether a group goes: between two choices the set cannot be worked out again from
+        # the weights of that moment
+        return groups.counts.new_empty((2, len(groups.counts)))
 
-    def _groups(self, model: nn.Module) -> WeightGroups:
-        if self.groups_ is not None and self.groups_.model() is model:
-            return self.groups_
-        graph = self._graph(model)
-        return WeightGroups(model, graph, self._chosen(model, graph), "all")
+    def _finish(self, model: nn.Module, groups: WeightGroups) -> None:
+        self._decay = None
+        self._warn_if_short(model)
 
     def _strength_at(self, step: int) -> float:
         """lambda in the optimizer step after ``step`` finished ones; the first after the warm-up has some already."""
@@ -303,7 +272,7 @@ class GrowingRegularizationCallback(AxisCallback):
                 ~kept[name] if name in kept else torch.zeros(size, dtype=torch.bool) for name, size in groups.sides
             ]
             gone = torch.cat(masks).to(relative)
-        register(model, _name(groups), torch.stack([lasso, gone]))
+        register(model, self._name(groups), torch.stack([lasso, gone]))
         self._decay = groups.decay(lasso, gone)
 
     def _plan(self, graph: AxisGraph, scores: Mapping[str, Tensor]) -> Plan:
@@ -351,11 +320,6 @@ def _finite(scores: Tensor) -> Tensor:
     if not scores.isfinite().all():
         raise ModelError("the weights of the model are not finite; the training diverged. Lower the learning rate.")
     return scores
-
-
-def _name(groups: WeightGroups) -> str:
-    # by content: two callbacks on different axes have different buffers, and a replaced callback finds its own
-    return f"hf_compress_growing_{groups.key}"
 
 
 __all__ = ["GrowingRegularizationCallback"]

@@ -27,7 +27,7 @@ from .axis_callback import AxisCallback, Grouping, check_number, plan_of_support
 from .penalties import L1, Penalty, as_penalty
 from .scales import Scales
 from .trained_model import trained_model
-from .training_buffer import register, registered, unregister
+from .training_buffer import filled, register, registered, reserve, unregister
 
 logger = logging.get_logger(__name__)
 
@@ -149,8 +149,8 @@ class ProximalSlimmingCallback(AxisCallback):
             scales = self._scales(model)
         except NothingToShrinkError:
             return  # on_train_begin reports it; a Trainer that only evaluates has no need of it
-        # Here, so that resuming fills it from the checkpoint; NaN says that nothing did.
-        register(model, _name(scales), torch.full_like(scales.read(), float("nan")))
+        # here, so that resuming fills it from the checkpoint
+        reserve(model, _name(scales), scales.read())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,8 +161,7 @@ class ProximalSlimmingCallback(AxisCallback):
         assert self.scales_ is not None
         self.auxiliary_ = None
         self._find_groups(optimizer)
-        xi = registered(model, _name(self.scales_))
-        if xi is not None and not xi.isnan().any():
+        if filled(model, _name(self.scales_)) is not None:
             return
         if state.global_step > 0:
             logger.warning(
@@ -289,8 +288,8 @@ class ProximalSlimmingCallback(AxisCallback):
 
     def _auxiliary(self, model: nn.Module, scales: Scales) -> Tensor:
         """[n]: xi, wherever it is now."""
-        xi = registered(model, _name(scales))
-        if xi is not None and not xi.isnan().any():
+        xi = filled(model, _name(scales))
+        if xi is not None:
             return xi.clone()
         if self.auxiliary_ is not None and self._sizes == scales.sizes:  # not for a model that was shrunk since
             return self.auxiliary_.to(scales.device)

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_compress.axes import Axis, AxisGraph
 from hf_compress.axes.finding import Inputs
-from hf_compress.errors import MethodError, ModelError, NothingToShrinkError
+from hf_compress.errors import MethodError, ModelError
 from hf_compress.surgery.plan import Plan
 
-from .axis_callback import AxisCallback, check_number, plan_of_support
+from .axis_callback import check_number, plan_of_support
+from .group_callback import GroupCallback
 from .network_slimming import unscale_gradients
 from .trained_model import trained_model
-from .training_buffer import register, registered, unregister
+from .training_buffer import filled, register, registered
 from .weight_groups import Slices, WeightGroups
 
 logger = logging.get_logger(__name__)
@@ -175,7 +175,7 @@ def group_factors(norms: Tensor, thresholds: Tensor) -> Tensor:
 # -- the method -----------------------------------------------------------------------------------------------------
 
 
-class SparseGroupCallback(AxisCallback):
+class SparseGroupCallback(GroupCallback):
     """Train to zero weights and zero groups of weights; no threshold is needed afterwards.
 
     A group is everything that makes an index of an axis (an output filter, a head; with its bias and the scale and shift
@@ -224,10 +224,9 @@ class SparseGroupCallback(AxisCallback):
         ModelError: at the start of training, when weights are not finite.
     """
 
-    is_exclusive = True
     grouping = "axis"
-    gamma_init = None
-    groups_: WeightGroups | None = None
+    buffer_prefix = "hf_compress_v"
+    without_buffer = "it starts again as a copy of the weights"
 
     def __init__(
         self,
@@ -258,37 +257,14 @@ class SparseGroupCallback(AxisCallback):
 
     # -- Trainer hooks ------------------------------------------------------------------------------------------
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module = trained_model(kwargs)
-        super().on_init_end(args, state, control, **kwargs)
-        try:
-            groups = self._groups(model)
-        except NothingToShrinkError:
-            return  # on_train_begin reports it; a Trainer that only evaluates has no need of it
-        # Here, so that resuming fills it from the checkpoint; NaN says that nothing did.
-        register(
-            model, _name(groups), torch.full((groups.length,), float("nan"), dtype=groups.dtype, device=groups.device)
-        )
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = trained_model(kwargs)
-        self._begin(args, model)
         self._warned: set[str] = set()
-        self.groups_ = groups = self._groups(model)
-        self._claim(
-            model, state, [name for name, shape in zip(groups.names, groups.shapes, strict=True) if len(shape) > 1]
-        )
-        flat = registered(model, _name(groups))
-        if flat is not None and not flat.isnan().any():
-            return
-        if state.global_step > 0:
-            logger.warning(
-                f"{type(self).__name__}: the checkpoint holds no auxiliary variable for these axes, so it starts again "
-                "as a copy of the weights. Resume with a new Trainer, made with the same callback arguments."
-            )
-        register(model, _name(groups), groups.read())
+        if self._start(args, model, state) is None:
+            groups = self._groups(model)
+            register(model, self._name(groups), groups.read())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -297,7 +273,7 @@ class SparseGroupCallback(AxisCallback):
         if self.groups_ is None:
             return
         unscale_gradients(kwargs["optimizer"])
-        flat = registered(trained_model(kwargs), _name(self.groups_))
+        flat = registered(trained_model(kwargs), self._name(self.groups_))
         assert flat is not None
         beta = self._split_at(state)
         with torch.no_grad():
@@ -309,7 +285,7 @@ class SparseGroupCallback(AxisCallback):
         """V = prox(W)."""
         if self.groups_ is None or getattr(kwargs["optimizer"], "step_was_skipped", False):
             return
-        flat = registered(trained_model(kwargs), _name(self.groups_))
+        flat = registered(trained_model(kwargs), self._name(self.groups_))
         assert flat is not None
         with torch.no_grad():
             self._proximal(self.groups_, flat, self.strength / self._split_at(state))
@@ -332,16 +308,6 @@ class SparseGroupCallback(AxisCallback):
                     f"{type(self).__name__}: all groups of axis {name!r} are zero in V at step {state.global_step}. If "
                     "they stay so, the largest of them is kept at the end. Lower strength, or raise split."
                 )
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        model: nn.Module = trained_model(kwargs)
-        if self.groups_ is None:
-            return
-        self._project(model, self.groups_)
-        unregister(model, _name(self.groups_))
-        self.groups_ = None  # it holds the parameters
 
     # -- results --------------------------------------------------------------------------------------------------
 
@@ -442,14 +408,11 @@ class SparseGroupCallback(AxisCallback):
         check_number("growth", self.growth, minimum=1)
         check_number("growth_every", self.growth_every, minimum=0, is_open=True)
 
-    def _chosen(self, model: nn.Module, graph: AxisGraph) -> list[Axis]:
-        return self._with_weights(model, graph)
+    def _first_buffer(self, groups: WeightGroups) -> Tensor:
+        return groups.read()
 
-    def _groups(self, model: nn.Module) -> WeightGroups:
-        if self.groups_ is not None and self.groups_.model() is model:
-            return self.groups_
-        graph = self._graph(model)
-        return WeightGroups(model, graph, self._chosen(model, graph), self.slices)
+    def _finish(self, model: nn.Module, groups: WeightGroups) -> None:
+        self._project(model, groups)
 
     def _split_at(self, state: TrainerState) -> float:
         """beta in the optimizer step after ``state``; the epoch counts finished steps, also after a resume."""
@@ -469,8 +432,8 @@ class SparseGroupCallback(AxisCallback):
 
     def _values(self, model: nn.Module, groups: WeightGroups) -> Tensor:
         """[length]: V, or W where there is no V."""
-        flat = registered(model, _name(groups))
-        return groups.read() if flat is None or flat.isnan().any() else flat
+        flat = filled(model, self._name(groups))
+        return groups.read() if flat is None else flat
 
     def _magnitude(self, groups: WeightGroups) -> dict[str, Tensor]:
         """Axis name -> [axis size] on the CPU: the norms of the weights."""
@@ -539,14 +502,6 @@ def _matrices(model: nn.Module) -> dict[str, Tensor]:
         for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
     }
-
-
-# -- the buffer that holds V while training -------------------------------------------------------------------------
-
-
-def _name(groups: WeightGroups) -> str:
-    # by content: two callbacks on different axes have different buffers, and a replaced callback finds its own
-    return f"hf_compress_v_{groups.key}"
 
 
 __all__ = ["KeepZerosCallback", "SparseGroupCallback", "element_from", "group_factors", "weight_zeros"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,6 +24,22 @@ def register(model: nn.Module, name: str, values: Tensor) -> None:
         present.copy_(values)  # in place: DistributedDataParallel holds on to the buffers it was made with
     else:
         model.register_buffer(name, values)
+
+
+def reserve(model: nn.Module, name: str, like: Tensor) -> None:
+    """Make a buffer that nothing has filled yet, which NaN says: loading a checkpoint may.
+
+    Args:
+        model, name: as for :func:`register`.
+        like: a floating-point tensor of its shape, dtype and device.
+    """
+    register(model, name, torch.full_like(like, torch.nan))
+
+
+def filled(model: nn.Module, name: str) -> Tensor | None:
+    """The buffer, or None where there is none or nothing has filled it."""
+    present = registered(model, name)
+    return None if present is None or present.isnan().any() else present
 
 
 def unregister(model: nn.Module, name: str) -> None:
