@@ -71,7 +71,7 @@ HERE = Path(__file__).resolve().parent
 FLOOR = {"qk": 8, "v": 8, "mlp": 16, "channels": 1}
 STRENGTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
 WARMUPS = (0.1, 0.3, 0.6)
-HOLDS = ((0.1, 0.6), (0.3, 0.8), (0.6, 0.9))  # warm-up and hold
+HOLDS = ((0.1, 0.4), (0.1, 0.6), (0.3, 0.8), (0.6, 0.9))  # warm-up and hold
 
 
 TUNED = ("strength", "once_warmup", "held_warmup", "held_hold")  # settings of Protocol that --tune is for

@@ -6,8 +6,9 @@ Transformers" (arXiv 2204.07722), of which only the abstract was available here:
 classifiers and detectors) and the budgets (20 % and 40 %). The rest is a reconstruction along the closest documented
 mechanism, ViT-Slim (Chavan et al. 2022, arXiv 2201.00814), with these differences: a proximal step gives exact zeros;
 where the target is a share, only the lowest scores are penalised (the trimmed l1 norm of Bertsimas, Copenhaver &
-Mazumder 2017, arXiv 1708.04527, and Yun et al. 2019, "Trimming the l1 Regularizer"); scores are folded into the
-weights instead of being rounded to one; no layer falls below a minimum; and scores see no weight decay.
+Mazumder 2017, arXiv 1708.04527, and Yun et al. 2019, "Trimming the l1 Regularizer"), and may be bounded by a line to
+zero (our own); scores are folded into the weights instead of being rounded to one; no layer falls below a minimum; and
+scores see no weight decay.
 """
 
 from __future__ import annotations
@@ -83,9 +84,10 @@ class DimensionSearchCallback(AxisCallback):
     With a share as target only the lowest scores are penalised, those that :meth:`plan` would remove at that moment;
     the others are free, so a high strength decides early and does no other harm. With ``hold`` the removal changes
     nothing at the end whatever the learning rate and the strength: the magnitudes of the lowest scores are bounded by a
-    line that falls from 1 where the warm-up ends to 0 at ``hold``. Otherwise all scores are penalised and ``strength`` decides how many vanish: Adam's own steps are
-    at most about ``lr * lr_factor``, so with it a score is defended where the mean of its gradient, over its root
-    mean square, exceeds ``strength``; try 0.05 to 0.5, and from 1 on everything falls.
+    line that falls from 1 where the warm-up ends to 0 at ``hold``. Otherwise all scores are penalised and ``strength``
+    decides how many vanish: Adam's own steps are at most about ``lr * lr_factor``, so with it a score is defended where
+    the mean of its gradient, over its root mean square, exceeds ``strength``; try 0.05 to 0.5, and from 1 on everything
+    falls.
 
     Args:
         strength: weight of the penalty, at least 0; or kind -> weight.
