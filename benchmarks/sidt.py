@@ -35,6 +35,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -316,11 +317,11 @@ def shares_plan(axes: AxisGraph, kinds: Sequence[str], scores: dict[str, Tensor]
     searched = [axis.name for axis in searched_axes(axes, "the model", kinds)]
     kind_by_name = {name: kind_of(axes[name], axes) for name in searched}
     floors = {name: min(FLOOR[kind], axes[name].size) for name, kind in kind_by_name.items()}
-    shares = {}
+    kept, sizes = Counter[str](), Counter[str]()
     for name, kind in kind_by_name.items():
-        alike = [other for other in searched if kind_by_name[other] == kind]
-        kept = sum(floors[other] for other in alike) / sum(axes[other].size for other in alike)
-        shares[name] = min(share, 1 - kept)
+        kept[kind] += floors[name]
+        sizes[kind] += axes[name].size
+    shares = {name: min(share, 1 - kept[kind] / sizes[kind]) for name, kind in kind_by_name.items()}
     return plan_of_shares(axes, {name: scores[name] for name in searched}, floors, shares)
 
 
@@ -336,9 +337,9 @@ def plan_of_macs(axes: AxisGraph, kinds: Sequence[str], scores: dict[str, Tensor
     return shares_plan(axes, kinds, scores, high)
 
 
-# search comes first: the others are brought to its MACs
+# search comes first: those at equal MACs are brought to its own
 WAYS = ("search", "magnitude", "taylor", "torch-pruning", "search-once", "search-held", "scratch")
-FROM_RANDOM = ("dense-once", "search-once", "search-held", "scratch")
+AT_EQUAL_MACS = ("magnitude", "taylor", "torch-pruning", "scratch")
 
 
 class Run:
@@ -410,7 +411,7 @@ class Run:
             return self.search_once(share, settings.strength, settings.once_warmup), {}
         if way == "search-held":
             return self.search_once(share, settings.strength, settings.held_warmup, settings.held_hold), {}
-        if way in FROM_RANDOM:
+        if way in ("dense-once", "scratch"):
             model = task.build(self.seed)
             if way == "scratch":
                 zeros = {axis.name: torch.zeros(axis.size) for axis in axes}
@@ -452,7 +453,7 @@ def run_seed(task: Classifier | Detector, seed: int, write: Any, done: Done, way
         if way not in ways or (seed, way, share, *NO_SETTING) in done:
             continue
         searched = done.get((seed, "search", share, *NO_SETTING), {})
-        if way not in ("dense", "dense-once", "search", "search-once", "search-held") and not searched:
+        if way in AT_EQUAL_MACS and not searched:
             raise SystemExit(f"{way} is brought to the MACs of the searched model: run search for seed {seed} first.")
         start = time.perf_counter()
         try:

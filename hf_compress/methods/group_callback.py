@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -45,7 +44,7 @@ class GroupCallback(AxisCallback):
         except NothingToShrinkError:
             return  # on_train_begin reports it; a Trainer that only evaluates has no need of it
         # here, so that resuming fills it from the checkpoint
-        reserve(model, self._name(groups), self._first_buffer(groups))
+        reserve(model, self._name(groups), groups.counts.new_empty(self._buffer_shape(groups)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,9 +58,8 @@ class GroupCallback(AxisCallback):
 
     # -- for subclasses -------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def _first_buffer(self, groups: WeightGroups) -> Tensor:
-        """A tensor of the buffer's shape, dtype and device."""
+    def _buffer_shape(self, groups: WeightGroups) -> tuple[int, ...]:
+        raise NotImplementedError
 
     def _finish(self, model: nn.Module, groups: WeightGroups) -> None:
         """What is to be done at the end of training, while the buffer is still there."""

@@ -243,10 +243,10 @@ class GrowingRegularizationCallback(GroupCallback):
                 "target={'macs': ...}, or leave out round_to."
             )
 
-    def _first_buffer(self, groups: WeightGroups) -> Tensor:
+    def _buffer_shape(self, groups: WeightGroups) -> tuple[int, ...]:
         # the factors of the lasso and whether a group goes: between two choices the set cannot be worked out again from
         # the weights of that moment
-        return groups.counts.new_empty((2, len(groups.counts)))
+        return 2, len(groups.counts)
 
     def _finish(self, model: nn.Module, groups: WeightGroups) -> None:
         self._decay = None

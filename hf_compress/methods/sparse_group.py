@@ -408,8 +408,8 @@ class SparseGroupCallback(GroupCallback):
         check_number("growth", self.growth, minimum=1)
         check_number("growth_every", self.growth_every, minimum=0, is_open=True)
 
-    def _first_buffer(self, groups: WeightGroups) -> Tensor:
-        return groups.read()
+    def _buffer_shape(self, groups: WeightGroups) -> tuple[int, ...]:
+        return (groups.length,)
 
     def _finish(self, model: nn.Module, groups: WeightGroups) -> None:
         self._project(model, groups)
