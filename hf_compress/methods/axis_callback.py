@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from hf_compress.axes import Axis, AxisGraph, find_axes
 from hf_compress.axes.finding import Inputs
@@ -25,6 +26,9 @@ from hf_compress.surgery.plan import Plan
 from .penalties import Penalty
 from .scales import Scales
 from .trained_model import trained_model
+from .training_buffer import filled
+
+logger = logging.get_logger(__name__)
 
 Grouping = Literal["scale", "axis"]
 
@@ -230,6 +234,21 @@ class AxisCallback(TrainerCallback, ExportableState):
         overall = dict(zip(totals, values[len(vanished) :], strict=True))
         logs.update(overall)
         state.log_history[-1].update({**overall, **self.axis_metrics_})
+
+    def _resumed(self, model: nn.Module, name: str, state: TrainerState, without: str) -> Tensor | None:
+        """The method's buffer, where the checkpoint of an interrupted training has filled it.
+
+        Args:
+            name: of the buffer.
+            without: for the warning: what happens where a checkpoint does not hold it.
+        """
+        found = filled(model, name)
+        if found is None and state.global_step > 0:
+            logger.warning(
+                f"{type(self).__name__}: the checkpoint holds no auxiliary variable for these axes, so {without}. Resume "
+                "with a new Trainer, made with the same callback arguments."
+            )
+        return found
 
     def _claim(self, model: nn.Module, state: TrainerState, parameters: Iterable[str]) -> None:
         """Refuse a second method on the same parameters where one of the two tolerates no other."""

@@ -6,17 +6,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
 from hf_compress.axes import Axis, AxisGraph
 from hf_compress.errors import NothingToShrinkError
 
 from .axis_callback import AxisCallback
 from .trained_model import trained_model
-from .training_buffer import filled, reserve, unregister
+from .training_buffer import reserve, unregister
 from .weight_groups import Slices, WeightGroups
-
-logger = logging.get_logger(__name__)
 
 
 class GroupCallback(AxisCallback):
@@ -73,13 +70,7 @@ class GroupCallback(AxisCallback):
         self._begin(args, model)
         self.groups_ = groups = self._groups(model)
         self._claim(model, state, [n for n, shape in zip(groups.names, groups.shapes, strict=True) if len(shape) > 1])
-        found = filled(model, self._name(groups))
-        if found is None and state.global_step > 0:
-            logger.warning(
-                f"{type(self).__name__}: the checkpoint holds no auxiliary variable for these axes, so "
-                f"{self.without_buffer}. Resume with a new Trainer, made with the same callback arguments."
-            )
-        return found
+        return self._resumed(model, self._name(groups), state, self.without_buffer)
 
     def _name(self, groups: WeightGroups) -> str:
         # by content: two callbacks on different axes have different buffers, and a replaced callback finds its own

@@ -161,14 +161,9 @@ class ProximalSlimmingCallback(AxisCallback):
         assert self.scales_ is not None
         self.auxiliary_ = None
         self._find_groups(optimizer)
-        if filled(model, _name(self.scales_)) is not None:
-            return
-        if state.global_step > 0:
-            logger.warning(
-                f"{type(self).__name__}: the checkpoint holds no auxiliary variable for these axes, so it starts again "
-                "as a copy of the scales. Resume with a new Trainer, made with the same callback arguments."
-            )
-        register(model, _name(self.scales_), self.scales_.read())
+        name = _name(self.scales_)
+        if self._resumed(model, name, state, "it starts again as a copy of the scales") is None:
+            register(model, name, self.scales_.read())
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
