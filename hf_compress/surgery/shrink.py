@@ -25,6 +25,7 @@ from .skeleton import (
     Record,
     Shape,
     child_name,
+    derived_attributes,
     derived_changes,
     local_shapes,
     named_tensors,
@@ -215,10 +216,15 @@ def _cut(model: nn.Module, plan: Plan, axes: AxisGraph, new_biases: Sequence[str
             settings.append((law.module, law.name, with_item_type(held, changed)))
     for path in sorted({name.rpartition(".")[0] for name in shapes} | set(attributes)):
         module = modules[path]
-        groups = attributes.get(path, {}).get("groups")
-        derived = derived_changes(
-            module, before[path], local_shapes(module), groups if isinstance(groups, int) else None
-        )
+        groups = getattr(module, "groups", 1)
+        derived: dict[str, int | Shape] = {}
+        if type(groups) is int:  # a subclass may use the name for something else
+            now = attributes.get(path, {}).get("groups", groups)
+            derived = derived_changes(
+                module,
+                derived_attributes(module, before[path], groups),
+                derived_attributes(module, local_shapes(module), now if isinstance(now, int) else groups),
+            )
         settings += [(path, name, with_item_type(getattr(module, name), value)) for name, value in derived.items()]
         for name in derived:  # replay derives them as well
             attributes.get(path, {}).pop(name, None)

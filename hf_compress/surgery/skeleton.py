@@ -17,6 +17,7 @@ numbers may only make things smaller. All of it is checked before the first tens
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from bisect import bisect_left
@@ -513,31 +514,15 @@ def _apply_filters(
 # -- standard layers ----------------------------------------------------------------------------------------------
 
 
-def derived_attributes(module: nn.Module, shapes: Mapping[str, Shape], groups: int = 1) -> dict[str, int | Shape]:
-    """Attributes of a standard layer that follow from the shapes of its own tensors.
-
-    Args:
-        module: any module; what is no standard layer gives an empty result.
-        shapes: local name of a tensor ("weight") -> shape.
-        groups: number of groups of a convolution.
-    """
-    weight = shapes.get("weight")
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        found = weight or shapes.get("running_mean")
-        return {"num_features": found[0]} if found else {}
-    if weight is None:
-        return {}
-    for kind, law in _LAWS:
-        if isinstance(module, kind):
-            return law(weight, groups)
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    if conv1d is not None and isinstance(module, conv1d):
-        return {"nx": weight[0], "nf": weight[1]}
-    return {}
-
-
 _Law = Callable[[Shape, int], dict[str, "int | Shape"]]
+
+
+def _norm(weight: Shape, groups: int) -> dict[str, int | Shape]:
+    return {"num_features": weight[0]}
+
+
 _LAWS: tuple[tuple[type | tuple[type, ...], _Law], ...] = (
+    (nn.modules.batchnorm._NormBase, _norm),
     (nn.Linear, lambda weight, groups: {"in_features": weight[1], "out_features": weight[0]}),
     (
         (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -552,21 +537,48 @@ _LAWS: tuple[tuple[type | tuple[type, ...], _Law], ...] = (
     (nn.Embedding, lambda weight, groups: {"num_embeddings": weight[0], "embedding_dim": weight[1]}),
 )
 
+
+@functools.cache
+def _law_of(kind: type) -> _Law | None:
+    """The law of a class of layers; kept, for a model has hundreds of layers of three or four classes."""
+    for layers, law in _LAWS:
+        if issubclass(kind, layers):
+            return law
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if conv1d is not None and issubclass(kind, conv1d):
+        return lambda weight, groups: {"nx": weight[0], "nf": weight[1]}
+    return None
+
+
+def derived_attributes(module: nn.Module, shapes: Mapping[str, Shape], groups: int = 1) -> dict[str, int | Shape]:
+    """Attributes of a standard layer that follow from the shapes of its own tensors.
+
+    Args:
+        module: any module; what is no standard layer gives an empty result.
+        shapes: local name of a tensor ("weight") -> shape.
+        groups: number of groups of a convolution.
+    """
+    kind: type = type(module)
+    law = _law_of(kind)
+    weight = shapes.get("weight") or (shapes.get("running_mean") if law is _norm else None)
+    return law(weight, groups) if law is not None and weight else {}
+
+
 _WITH_OPTIONAL_BIAS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 _LENGTHS = ("out_features", "out_channels", "num_features", "num_channels", "nf", "normalized_shape")
 
 
-def followers(module: nn.Module, shapes: Mapping[str, Shape], groups: int = 1) -> dict[str, Shape]:
+def followers(shapes: Mapping[str, Shape], derived: Mapping[str, int | Shape]) -> dict[str, Shape]:
     """Shapes of those tensors of a standard layer that follow from its weight's: the bias, a norm's statistics.
 
     Args:
-        module, shapes, groups: as for :func:`derived_attributes`; empty where there is no weight.
+        shapes: local name of a tensor -> shape; without a weight nothing follows.
+        derived: what :func:`derived_attributes` makes of them.
     """
     if "weight" not in shapes:
         return {}
-    derived = derived_attributes(module, shapes, groups)
     length = next((derived[name] for name in _LENGTHS if name in derived), None)
     if length is None:
         return {}
@@ -580,23 +592,11 @@ def without_followers(model: nn.Module, record: Record) -> Record:
     shapes = dict(record.shapes)
     for path in [path for path, _, own in (name.rpartition(".") for name in record.shapes) if own == "weight"]:
         own, groups = local_shapes(modules[path]), getattr(modules[path], "groups", 1)
-        for name, shape in followers(modules[path], own, groups if type(groups) is int else 1).items():
+        derived = derived_attributes(modules[path], own, groups if type(groups) is int else 1)
+        for name, shape in followers(own, derived).items():
             if own[name] == shape:
                 shapes.pop(child_name(path, name), None)
     return replace(record, shapes=shapes)
-
-
-def _following(module: nn.Module, weight: Shape, given: Mapping[tuple[int, str], Any]) -> dict[str, Shape]:
-    """New shapes of what follows from the new shape of a layer's weight.
-
-    A tensor that does not follow in the layer as it is, which a subclass may have, is left alone.
-    """
-    own, groups = local_shapes(module), getattr(module, "groups", 1)
-    if type(groups) is not int or "weight" not in own:
-        return {}
-    was = followers(module, own, groups)
-    now = followers(module, {**own, "weight": weight}, given.get((id(module), "groups"), groups))
-    return {name: shape for name, shape in now.items() if own[name] == was[name]}
 
 
 def local_shapes(module: nn.Module) -> dict[str, Shape]:
@@ -606,19 +606,19 @@ def local_shapes(module: nn.Module) -> dict[str, Shape]:
 
 
 def derived_changes(
-    module: nn.Module, old: Mapping[str, Shape], new: Mapping[str, Shape], groups: int | None = None
+    module: nn.Module, was: Mapping[str, int | Shape], now: Mapping[str, int | Shape]
 ) -> dict[str, int | Shape]:
-    """New values of the derived attributes of a module whose tensors go from ``old`` to ``new`` shapes.
+    """New values of the derived attributes of a module.
 
     An attribute counts as derived only where it agrees with the old shapes, so that a subclass that uses the name for
     something else is left alone.
+
+    Args:
+        module: whose attributes are still the old ones.
+        was, now: what :func:`derived_attributes` makes of the old and of the new shapes.
     """
-    before = getattr(module, "groups", 1)
-    if type(before) is not int:
-        return {}
-    was = derived_attributes(module, old, before)
-    now = derived_attributes(module, new, before if groups is None else groups)
-    return {name: value for name, value in now.items() if _same(vars(module).get(name), was.get(name))}
+    held = vars(module)
+    return {name: value for name, value in now.items() if _same(held.get(name), was.get(name))}
 
 
 def _same(held: Any, law: Any) -> bool:
@@ -671,19 +671,22 @@ def replace_tensor(modules: Mapping[str, nn.Module], names: list[str], new: Tens
         modules: path -> module, shared modules under every path.
         names: of one tensor.
     """
-    path, _, name = names[0].rpartition(".")
-    old = getattr(modules[path], name)
-    if isinstance(old, nn.Parameter):
-        if type(old) is nn.Parameter:
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        else:
-            new = torch.Tensor._make_subclass(type(old), new, old.requires_grad)  # type: ignore[attr-defined]
-        new.__dict__.update(old.__dict__)
+    # the stores themselves: what nn.Module's getattr and setattr come to for a tensor that is there, without their search
+    places = []
     for full in names:
         path, _, name = full.rpartition(".")
         module = modules[path]
-        # what nn.Module.__setattr__ comes to for a tensor that is there already, without its search
         store: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        places.append((store, name))
+    store, name = places[0]
+    old = store[name]
+    if type(old) is nn.Parameter:
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    elif isinstance(old, nn.Parameter):
+        new = torch.Tensor._make_subclass(type(old), new, old.requires_grad)  # type: ignore[attr-defined]
+    if isinstance(old, nn.Parameter) and old.__dict__:
+        new.__dict__.update(old.__dict__)
+    for store, name in places:
         store[name] = new
 
 
@@ -776,31 +779,27 @@ def _apply_sizes(model: nn.Module, record: Record) -> None:
     given = {(id(module), name): value for module, name, value in settings}
     for path in record.biases:
         _check_bias(path, modules, new_shapes)
+    layers: dict[str, _Layer] = {}
+
+    def layer(path: str) -> _Layer:
+        if path not in layers:
+            layers[path] = _Layer(path, modules[path], given)
+        return layers[path]
+
     for name in list(new_shapes):
         path, _, own = name.rpartition(".")
-        if own != "weight":
-            continue
-        prefix = f"{path}." if path else ""
-        for follower, length in _following(modules[path], new_shapes[name], given).items():
-            if prefix + follower not in new_shapes:
-                for alias in aliases[id(tensors[prefix + follower])]:
-                    new_shapes[alias] = length
+        if own == "weight":
+            for follower, length in layer(path).following(new_shapes[name]).items():
+                if follower not in new_shapes:
+                    for alias in aliases[id(tensors[follower])]:
+                        new_shapes[alias] = length
     resized = {name for name, shape in new_shapes.items() if shape != tuple(tensors[name].shape)}
     touched = {name.rpartition(".")[0] for name in resized}
     touched |= {path for path, values in record.attributes.items() if "groups" in values or "num_groups" in values}
     for path in touched:
-        module = modules[path]
-        old = local_shapes(module)
-        prefix = f"{path}." if path else ""
-        new = {name: new_shapes[prefix + name] for name in old}
-        _check_layer(path, module, old, new, given)
-        settings += [
-            (module, name, with_item_type(vars(module)[name], value))
-            for name, value in derived_changes(module, old, new, given.get((id(module), "groups"))).items()
-        ]
-
+        settings += layer(path).checked_changes(new_shapes)
     for path in record.attributes:
-        _check_derived(path, modules[path], new_shapes, given)
+        layer(path).check_derived(new_shapes)
 
     # everything fits; from here on nothing can be refused
     for key in {id(tensors[name]): None for name in tensors if name in resized}:
@@ -857,47 +856,81 @@ def _check_bias(path: str, modules: Mapping[str, nn.Module], shapes: Mapping[str
         _refuse(place, "a name", "of a layer that has a bias already")
 
 
-def _check_layer(
-    path: str,
-    module: nn.Module,
-    old: Mapping[str, Shape],
-    new: Mapping[str, Shape],
-    given: Mapping[tuple[int, str], Any],
-) -> None:
-    """The tensors of one standard layer must agree with each other."""
-    # a bias, or a norm's statistic, that had the length of the weight's first dimension keeps it
-    weight = old.get("weight")
-    if weight is None or not derived_attributes(module, old):
-        return
-    is_transposed = isinstance(module, _WITH_OPTIONAL_BIAS) and getattr(module, "transposed", False)
-    out = 1 if is_transposed or "nf" in derived_attributes(module, old) else 0  # nf: transformers' Conv1D
-    factor = given.get((id(module), "groups"), getattr(module, "groups", 1)) if out else 1
-    for name, shape in new.items():
-        if name != "weight" and len(old[name]) == 1 and shape[0] != new["weight"][out] * factor:
-            if old[name][0] == weight[out] * (getattr(module, "groups", 1) if out else 1):
-                place = f"shapes[{_shown(f'{path}.{name}' if path else name)}]"
-                _refuse(place, shape[0], f"does not agree with the layer's weight, which has {new['weight'][out]}")
-    if not isinstance(module, (*_WITH_OPTIONAL_BIAS, nn.GroupNorm)):
-        return
-    whole = new["weight"][0]
-    for name in ("groups", "num_groups"):
-        count = given.get((id(module), name), vars(module).get(name))
-        if type(count) is int and count > 0 and whole % count:
-            place = f"attributes[{_shown(path)}][{name!r}]"
-            _refuse(place, count, f"groups do not divide the layer's {whole} channels")
+class _Layer:
+    """One module of a skeleton whose tensors change size.
 
+    What follows from its shapes is found once: a skeleton has hundreds of layers, and loading a small checkpoint is made
+    of little else.
 
-def _check_derived(
-    path: str, module: nn.Module, shapes: Mapping[str, Shape], given: Mapping[tuple[int, str], Any]
-) -> None:
-    """An attribute that follows from the shapes of a standard layer must be what follows."""
-    prefix = f"{path}." if path else ""
-    own = {name: shapes[prefix + name] for name in local_shapes(module)}
-    groups = given.get((id(module), "groups"), getattr(module, "groups", 1))
-    for name, law in derived_attributes(module, own, groups if type(groups) is int else 1).items():
-        value = given.get((id(module), name))
-        if value is not None and not _same(value, law):
-            _refuse(f"attributes[{_shown(path)}][{name!r}]", value, f"does not agree with the layer's tensors ({law})")
+    Args:
+        given: (id of a module, attribute) -> the value that the record gives it.
+    """
+
+    def __init__(self, path: str, module: nn.Module, given: Mapping[tuple[int, str], Any]):
+        self.path = path
+        self.module = module
+        self.old = local_shapes(module)
+        self.prefix = f"{path}." if path else ""
+        self.given = given
+        groups = vars(module).get("groups", 1)
+        self.is_standard = type(groups) is int  # a subclass may use the name for something else
+        self.groups = groups if self.is_standard else 1
+        self.new_groups = given.get((id(module), "groups"), groups) if self.is_standard else 1
+        self.was = derived_attributes(module, self.old, self.groups)
+
+    def following(self, weight: Shape) -> dict[str, Shape]:
+        """Full names -> new shapes of what follows from the new shape of the weight.
+
+        A tensor that does not follow in the layer as it is, which a subclass may have, is left alone.
+        """
+        if not self.is_standard:
+            return {}
+        was = followers(self.old, self.was)
+        now = followers(self.old, derived_attributes(self.module, {**self.old, "weight": weight}, self.new_groups))
+        return {self.prefix + name: shape for name, shape in now.items() if self.old[name] == was[name]}
+
+    def checked_changes(self, shapes: Mapping[str, Shape]) -> list[tuple[nn.Module, str, Any]]:
+        """New values of the attributes that follow from the new shapes, which must agree with each other."""
+        new = {name: shapes[self.prefix + name] for name in self.old}
+        if self.was and "weight" in self.old:
+            self._check(new)
+        if not self.is_standard:
+            return []
+        now = derived_attributes(self.module, new, self.new_groups)
+        held = vars(self.module)
+        return [
+            (self.module, name, with_item_type(held[name], value))
+            for name, value in derived_changes(self.module, self.was, now).items()
+        ]
+
+    def _check(self, new: Mapping[str, Shape]) -> None:
+        # a bias, or a norm's statistic, that had the length of the weight's first dimension keeps it
+        module, weight = self.module, self.old["weight"]
+        is_transposed = isinstance(module, _WITH_OPTIONAL_BIAS) and getattr(module, "transposed", False)
+        out = 1 if is_transposed or "nf" in self.was else 0  # nf: transformers' Conv1D
+        old_factor, factor = (self.groups, self.new_groups) if out else (1, 1)
+        for name, shape in new.items():
+            if name != "weight" and len(shape) == 1 and shape[0] != new["weight"][out] * factor:
+                if self.old[name][0] == weight[out] * old_factor:
+                    place = f"shapes[{_shown(self.prefix + name)}]"
+                    _refuse(place, shape[0], f"does not agree with the layer's weight, which has {new['weight'][out]}")
+        if not isinstance(module, (*_WITH_OPTIONAL_BIAS, nn.GroupNorm)):
+            return
+        whole = new["weight"][0]
+        for name in ("groups", "num_groups"):
+            count = self.given.get((id(module), name), vars(module).get(name))
+            if type(count) is int and count > 0 and whole % count:
+                place = f"attributes[{_shown(self.path)}][{name!r}]"
+                _refuse(place, count, f"groups do not divide the layer's {whole} channels")
+
+    def check_derived(self, shapes: Mapping[str, Shape]) -> None:
+        """An attribute that the record gives and that follows from the shapes must be what follows."""
+        new = {name: shapes[self.prefix + name] for name in self.old}
+        for name, law in derived_attributes(self.module, new, self.new_groups).items():
+            value = self.given.get((id(self.module), name))
+            if value is not None and not _same(value, law):
+                place = f"attributes[{_shown(self.path)}][{name!r}]"
+                _refuse(place, value, f"does not agree with the layer's tensors ({law})")
 
 
 def record_of(model: nn.Module, *, may_be_quantized: bool = False) -> Record | None:
