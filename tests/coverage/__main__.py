@@ -108,9 +108,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file to write; standard output when not given")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--no-onnx", action="store_true", help="leave out the export, which takes most of the time")
-    parser.add_argument("--only", help="architectures whose name matches this pattern")
+    parser.add_argument("--only", help="architectures whose name matches this shell pattern")
     options = parser.parse_args()
     jobs = list(_jobs(options.only))
+    if not jobs:
+        parser.error(f"no architecture is called {options.only!r} (a shell pattern, such as 'resnet*')")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, start_worker) as pool:
         futures = [pool.submit(run, *job, not options.no_onnx) for job in jobs]

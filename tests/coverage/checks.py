@@ -377,7 +377,10 @@ def _serve() -> None:
 
 
 class _OneOutput(nn.Module):
-    """A model of one image batch and one tensor: all outputs side by side, all further inputs constant."""
+    """A model of one image batch and one tensor: all outputs side by side, all further inputs constant.
+
+    Outputs that are the same for every image, such as anchors, are left out.
+    """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor]):
         super().__init__()
@@ -388,6 +391,10 @@ class _OneOutput(nn.Module):
             if name != self.main:
                 self.register_buffer(f"input_{name}", value[:1].clone(), persistent=False)
         self.further = [name for name in inputs if name != self.main]
+        with torch.no_grad():
+            outputs = tensors_of(model(**inputs))
+        batch = len(inputs[self.main])
+        self.taken = [t.is_floating_point() and t.dim() > 1 and len(t) == batch for t in outputs]
 
     def forward(self, x: Tensor) -> Tensor:
         further = {}
@@ -395,7 +402,7 @@ class _OneOutput(nn.Module):
             value = getattr(self, f"input_{name}")
             further[name] = value.expand(x.shape[0], *value.shape[1:])
         outputs = tensors_of(self.model(**{self.main: x.to(self.dtype)}, **further))
-        return torch.cat([t.flatten(1) for t in outputs if t.is_floating_point() and t.dim() > 1], dim=1)
+        return torch.cat([t.flatten(1) for t, taken in zip(outputs, self.taken, strict=True) if taken], dim=1)
 
 
 def _exports(model: nn.Module, small: nn.Module, inputs: dict[str, Tensor]) -> tuple[str, str]:
