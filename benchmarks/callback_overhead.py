@@ -1,10 +1,11 @@
 """What a callback adds to a training step.
 
 A model is trained by Trainer with each callback and without any, in turns within one run, and CPU time is taken, so that
-what else the machine does falls on all alike or not at all: all callbacks on a ResNet of the size of ResNet-20, and rank pruning, whose work grows
-with the cube of the widths, on ResNet-18 too. Printed per callback: the median, over the rounds, of the ratio of the
-round's median and mean step times; and the time spent inside the callback's own hooks. What happens every 20th step is in
-the mean and in the time of the hooks, which are taken over whole periods, not in the median.
+what else the machine does falls on all alike or not at all: all callbacks on a ResNet of the size of ResNet-20, and rank
+pruning, whose work grows with the cube of the widths, on ResNet-18 too. Printed per callback: the median, over the
+rounds, of the ratio of the round's median and mean step times; and the time spent inside the callback's own hooks. What
+happens every 20th step is in the mean and in the time of the hooks, which are taken over whole periods, not in the
+median. A run of one case leaves the other one's figures in the file, if it was measured with the same versions.
 
     python benchmarks/callback_overhead.py [--quick] [--case resnet-18] [--threads 1] [--image-size 32] [--output FILE]
 """
@@ -156,6 +157,13 @@ def measured(case: Case, rounds: int, steps: int) -> dict[str, dict[str, float]]
     }
 
 
+def kept(file: Path, settings: dict[str, object]) -> dict[str, object]:
+    """Cases of an earlier run of the same settings, which a run of the other case does not take away."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    same = all(before.get(key) == value for key, value in settings.items())
+    return {name: before[name] for name in CASES if name in before} if same else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few minutes instead of an hour")
@@ -166,9 +174,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "callback_overhead.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result: dict[str, object] = {
-        "threads": options.threads, "torch": torch.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
+    settings = {"threads": options.threads, "torch": torch.__version__, "transformers": transformers.__version__}
+    result: dict[str, object] = {**kept(options.output, settings), **settings}
     for name in options.case:
         given = {"image_size": options.image_size, "batch": options.batch}
         case = replace(CASES[name], **{key: value for key, value in given.items() if value})
