@@ -366,6 +366,11 @@ class DimensionSearchCallback(AxisCallback):
             check_number("hold", self.hold, minimum=0, is_open=True)
             if self.hold > 1:
                 raise MethodError(f"hold={self.hold!r} is not possible: it is a share of all steps, at most 1.")
+            if self.hold <= self.warmup < 1:  # a warm-up in steps can only be compared once training begins
+                raise MethodError(
+                    f"hold={self.hold!r} is not possible with a warm-up of {self.warmup!r} of all steps: scores begin to "
+                    "move where that ends. Give a later hold or a shorter warm-up."
+                )
             if self.target is None or self._is_budget() or self.update != "proximal":
                 raise MethodError(
                     "hold needs a target in shares, such as target=0.4, and update='proximal': with anything else it is not "

@@ -768,6 +768,7 @@ def test_support_keeps_a_minimum():
         ({"warmup": -1}, "warmup"),
         ({"target": 0.5, "hold": 0.0}, "hold=0.0"),
         ({"target": 0.5, "hold": 1.5}, "hold=1.5"),
+        ({"target": 0.5, "hold": 0.5, "warmup": 0.5}, "hold=0.5 is not possible with a warm-up of 0.5"),
         ({"kinds": ("tokens",)}, "no kind 'tokens'"),
         ({"update": "adam"}, "update"),
         ({"penalty": {"name": "lp", "p": 0.3}}, "closed form"),
