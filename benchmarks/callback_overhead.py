@@ -1,11 +1,12 @@
 """What a callback adds to a training step.
 
 A model is trained by Trainer with each callback and without any, in turns within one run, and CPU time is taken, so that
-what else the machine does falls on all alike or not at all: all callbacks on a ResNet of the size of ResNet-20, and rank
-pruning, whose work grows with the cube of the widths, on ResNet-18 too. Printed per callback: the median, over the
+what else the machine does falls on all alike or not at all: all callbacks on a ResNet of the size of ResNet-20; rank
+pruning, whose work grows with the cube of the widths, on ResNet-18 too; sparse groups, which touch every weight in every
+step, on their paper's two networks, of which LeNet-5 has many weights for its few operations. Printed per callback: the median, over the
 rounds, of the ratio of the round's median and mean step times; and the time spent inside the callback's own hooks. What
 happens every 20th step is in the mean and in the time of the hooks, which are taken over whole periods, not in the
-median. A run of one case leaves the other one's figures in the file, if it was measured with the same versions.
+median. A run of one case leaves the figures of the others in the file, if it was measured with the same versions.
 
     python benchmarks/callback_overhead.py [--quick] [--case resnet-18] [--threads 1] [--image-size 32] [--output FILE]
 """
@@ -18,14 +19,18 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 
 from hf_compress import GrowingRegularizationCallback, NetworkSlimmingCallback, ProximalSlimmingCallback
+from hf_compress.methods.sparse_group import SparseGroupCallback
 from hf_compress.methods.trained_rank_pruning import TrainedRankPruningCallback
+from hf_compress.models.lenet import LeNetConfig, LeNetForImageClassification
+from hf_compress.models.wide_resnet import WideResNetConfig, WideResNetForImageClassification
 
 PERIOD = 20  # steps from one truncation to the next
 METHODS = {
@@ -36,6 +41,7 @@ METHODS = {
     "proximal slimming": lambda: ProximalSlimmingCallback(0.002, 0.25),
     "proximal slimming, by scale": lambda: ProximalSlimmingCallback(0.002, 0.25, grouping="scale"),
     "growing regularisation": lambda: GrowingRegularizationCallback({"macs": 0.5}, warmup=0, hold=1, refresh=PERIOD),
+    "sparse groups, l0 + l2,1": lambda: SparseGroupCallback("l0", strength=1e-6, split=1e-3),
     "rank pruning, channel": lambda: TrainedRankPruningCallback(0.02, PERIOD),
     "rank pruning, channel, nuclear": lambda: TrainedRankPruningCallback(0.02, PERIOD, nuclear=3e-4),
     "same, nuclear at all steps": lambda: TrainedRankPruningCallback(0.02, PERIOD, nuclear=3e-4, nuclear_steps="all"),
@@ -46,38 +52,57 @@ HOOKS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step")
 WARM_UP = 2  # steps
 
 
+def resnet(embedding_size: int, hidden_sizes: tuple[int, ...], depths: tuple[int, ...]) -> transformers.PreTrainedModel:
+    sizes = {"embedding_size": embedding_size, "hidden_sizes": [*hidden_sizes], "depths": [*depths]}
+    config = transformers.ResNetConfig(layer_type="basic", num_labels=10, **sizes)
+    return transformers.AutoModelForImageClassification.from_config(config)
+
+
 @dataclass(frozen=True)
 class Case:
-    """A model and what is trained with it."""
+    """A model and what is trained with it.
 
-    embedding_size: int
-    hidden_sizes: tuple[int, ...]
-    depths: tuple[int, ...]
+    Attributes:
+        rounds, steps: of one run; a quick one takes a third of the rounds and half of the steps.
+    """
+
+    build: Callable[[], transformers.PreTrainedModel]
+    channels: int
     image_size: int
     batch: int
     methods: tuple[str, ...]
-
-    def model(self) -> transformers.PreTrainedModel:
-        torch.manual_seed(0)
-        sizes = {"embedding_size": self.embedding_size, "hidden_sizes": [*self.hidden_sizes], "depths": [*self.depths]}
-        config = transformers.ResNetConfig(layer_type="basic", num_labels=10, **sizes)
-        return transformers.AutoModelForImageClassification.from_config(config)
+    rounds: int
+    steps: int
 
 
 RANK = tuple(name for name in METHODS if name == "none" or "rank" in name or "nuclear" in name)
+SPARSE = ("none", "sparse groups, l0 + l2,1")
 CASES = {
-    "resnet-20": Case(16, (16, 32, 64), (3, 3, 3), 32, 64, tuple(METHODS)),
+    "resnet-20": Case(lambda: resnet(16, (16, 32, 64), (3, 3, 3)), 3, 32, 64, tuple(METHODS), 15, 2 * PERIOD),
     # 0.46 GMACs an image, like ResNet-18 on CIFAR; a quarter of ImageNet's
-    "resnet-18": Case(64, (64, 128, 256, 512), (2, 2, 2, 2), 112, 64, RANK),
+    "resnet-18": Case(lambda: resnet(64, (64, 128, 256, 512), (2, 2, 2, 2)), 3, 112, 64, RANK, 3, 2 * PERIOD),
+    "lenet-5": Case(
+        lambda: LeNetForImageClassification(LeNetConfig(num_labels=10)), 1, 28, 128, SPARSE, 15, 2 * PERIOD
+    ),
+    # a quarter of the paper's batch of 128, so a share four times as high as there
+    "wrn-28-10": Case(
+        lambda: WideResNetForImageClassification(WideResNetConfig(depth=28, widen_factor=10, num_labels=10)),
+        3,
+        32,
+        32,
+        SPARSE,
+        3,
+        6,
+    ),
 }
 
 
 class Images(torch.utils.data.Dataset):
     """Random images, made once: loading is not what is measured."""
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, channels: int, size: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(count, 3, size, size, generator=generator)
+        self.images = torch.randn(count, channels, size, size, generator=generator)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -115,7 +140,8 @@ def timed(callback: transformers.TrainerCallback, spent: list[float]) -> transfo
 
 def one_round(method: str, case: Case, data: Images, steps: int, folder: str) -> tuple[float, float, float]:
     """Median and mean seconds of a step, and mean seconds per step inside the callback."""
-    model = case.model()
+    torch.manual_seed(0)
+    model = case.build()
     timer, spent, callback = Timer(), [], METHODS[method]()
     if callback is not None:
         callback.example_inputs = {"pixel_values": data.images[:1]}
@@ -135,7 +161,7 @@ def one_round(method: str, case: Case, data: Images, steps: int, folder: str) ->
 
 def measured(case: Case, rounds: int, steps: int) -> dict[str, dict[str, float]]:
     """Method -> what is printed."""
-    data = Images(case.batch * (steps + WARM_UP), case.image_size)
+    data = Images(case.batch * (steps + WARM_UP), case.channels, case.image_size)
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in case.methods}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):
@@ -179,8 +205,7 @@ def main() -> None:
     for name in options.case:
         given = {"image_size": options.image_size, "batch": options.batch}
         case = replace(CASES[name], **{key: value for key, value in given.items() if value})
-        heavy = len(case.hidden_sizes) > 3
-        rounds, steps = (1 if heavy else 5, PERIOD) if options.quick else (3 if heavy else 15, 2 * PERIOD)
+        rounds, steps = (case.rounds // 3, case.steps // 2) if options.quick else (case.rounds, case.steps)
         rows = measured(case, rounds, steps)
         print(f"{name}, batch {case.batch}, {case.image_size} px, {options.threads} threads, {rounds} rounds")
         print(f"{'callback':32} {'step ms':>9} {'median':>7} {'mean':>7} {'hooks ms':>9} {'hooks / step':>13}")
@@ -189,7 +214,8 @@ def main() -> None:
                 f"{method:32} {row['step_ms']:9.2f} {row['ratio']:7.4f} {row['mean_ratio']:7.4f} "
                 f"{row['hooks_ms']:9.3f} {100 * row['hooks_share']:12.2f}%"
             )
-        result[name] = {"rows": rows, "rounds": rounds, "steps": steps, **asdict(case)}
+        sizes = {"image_size": case.image_size, "batch": case.batch, "rounds": rounds, "steps": steps}
+        result[name] = {"rows": rows, **sizes}
     beside = options.output.with_name(options.output.name + ".tmp")
     beside.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(beside, options.output)

@@ -104,13 +104,14 @@ class WeightGroups:
             p.dtype == self.dtype and p.device == self.device and not hasattr(p, "full_tensor") for p in self.parameters
         )
         place = {name: i for i, name in enumerate(self.names)}
-        wide = {(place[m.parameter], m.dim): None for _, members in kept for m in members if rank(m) > 1}
+        wide = {(m.dim, place[m.parameter]) for _, members in kept for m in members if rank(m) > 1}
         slots: dict[tuple[int, int], _Slot] = {}
         end = 0
-        for parameter, dim in wide:
+        for dim, parameter in sorted(wide):  # parameters one after another, as in the flat vector; see _blocks
             slots[parameter, dim] = _Slot(parameter, dim, end, end + self.shapes[parameter][dim])
             end = slots[parameter, dim].end
         self._slots = list(slots.values())
+        self._blocks = self._joined(self._slots)
         # the positions of vectors follow, in the order of the flat vector
         self._first_vector, self._vector_start = end, 0
         for parameter, shape in enumerate(self.shapes):
@@ -161,10 +162,11 @@ class WeightGroups:
         content = [*(f"{name} {size}" for name, size in self.sides), *self.names]
         self.key = f"{zlib.crc32(chr(10).join(content).encode()):08x}"
 
+    @torch.no_grad()
     def read(self, out: Tensor | None = None) -> Tensor:
         """All entries, [length], in :attr:`dtype`; into ``out`` if given. Collective when parameters are sharded."""
         out = torch.empty(self.length, dtype=self.dtype, device=self.device) if out is None else out
-        torch._foreach_copy_(self.views(out), self._whole())
+        torch._foreach_copy_(self.views(out), [*self._whole()])
         return out
 
     def write(self, flat: Tensor) -> None:
@@ -172,6 +174,7 @@ class WeightGroups:
         targets = [_local(parameter.detach()) for parameter in self.parameters]
         torch._foreach_copy_(targets, [_as(v, p) for v, p in zip(self.views(flat), self.parameters, strict=True)])
 
+    @torch.no_grad()
     def pull_gradients(self, flat: Tensor, strength: float) -> None:
         """Add ``strength * (parameters - flat)`` to the gradients; parameters without one are left alone."""
         views, wholes = self.views(flat), self._whole()
@@ -234,19 +237,51 @@ class WeightGroups:
         if self._viewed is None or self._viewed[0] is not flat:  # as good as always the same vector
             parts = zip(flat.split(self.lengths), self.shapes, strict=True)
             views = [part.view(shape) for part, shape in parts]
-            slices = [_sliced(views[slot.parameter], slot.dim) for slot in self._slots]
+            slices = [self._sliced(flat, views, block) for block in self._blocks]
             self._viewed = flat, views, slices
         return self._viewed[1]
 
     def _slices(self, flat: Tensor) -> list[Tensor]:
-        """For every slot a view [before, size of the dimension, after]."""
+        """For every block a view [before, size of the dimension, after]; in the order of the positions."""
         self.views(flat)
         assert self._viewed is not None
         return self._viewed[2]
 
-    def _whole(self) -> list[Tensor]:
+    def _joined(self, slots: list[_Slot]) -> list[list[_Slot]]:
+        """Slots that are one matrix of the flat vector: rows of one length, parameter after parameter.
+
+        The layers of a stage mostly are, and an operation for all of them takes little longer than for one.
+        """
+
+        def row(slot: _Slot) -> int:
+            return self.lengths[slot.parameter] // self.shapes[slot.parameter][0]
+
+        blocks: list[list[_Slot]] = []
+        for slot in slots:
+            last = blocks[-1][-1] if blocks else None
+            if (
+                last is not None
+                and last.dim == slot.dim == 0
+                and last.parameter + 1 == slot.parameter
+                and row(last) == row(slot)
+            ):
+                blocks[-1].append(slot)
+            else:
+                blocks.append([slot])
+        return blocks
+
+    def _sliced(self, flat: Tensor, views: list[Tensor], block: list[_Slot]) -> Tensor:
+        first, last = block[0], block[-1]
+        if first.dim > 0:
+            shape = self.shapes[first.parameter]
+            return views[first.parameter].view(math.prod(shape[: first.dim]), shape[first.dim], -1)
+        start = views[first.parameter].storage_offset() - flat.storage_offset()
+        end = start + sum(self.lengths[first.parameter : last.parameter + 1])
+        return flat[start:end].view(1, last.end - first.start, -1)
+
+    def _whole(self) -> Sequence[Tensor]:
         if self._is_plain:
-            return [parameter.detach() for parameter in self.parameters]
+            return self.parameters  # used without gradients only
         return [_whole(parameter.detach()).to(self.device, self.dtype) for parameter in self.parameters]
 
     # -- per group ----------------------------------------------------------------------------------------------
@@ -320,11 +355,6 @@ class Decay:
                 [self._weights[i] for i in found],
                 [self._factors[i] for i in found],
             )
-
-
-def _sliced(value: Tensor, dim: int) -> Tensor:
-    before = math.prod(value.shape[:dim])
-    return value.view(before, value.shape[dim], -1)
 
 
 def _norms(part: Tensor) -> Tensor:
