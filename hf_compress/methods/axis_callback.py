@@ -26,7 +26,7 @@ from hf_compress.surgery.plan import Plan
 from .penalties import Penalty
 from .scales import Scales
 from .trained_model import trained_model
-from .training_buffer import filled
+from .training_buffer import filled, reserve
 
 logger = logging.get_logger(__name__)
 
@@ -73,6 +73,12 @@ class AxisCallback(TrainerCallback, ExportableState):
         model: nn.Module = trained_model(kwargs)
         self._validate()
         self.axes_ = _GRAPHS[model] = find_axes(model, self.example_inputs)
+        try:
+            buffer = self._buffer(model)
+        except NothingToShrinkError:
+            return  # on_train_begin reports it; a Trainer that only evaluates has no need of it
+        if buffer is not None:
+            reserve(model, *buffer)  # here, so that resuming fills it from the checkpoint
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,6 +171,14 @@ class AxisCallback(TrainerCallback, ExportableState):
         check_number("threshold", self.threshold, minimum=0)
         if self.gamma_init is not None:
             check_number("gamma_init", self.gamma_init, minimum=0)
+
+    def _buffer(self, model: nn.Module) -> tuple[str, Tensor] | None:
+        """Name of the buffer that the method keeps in the model while it trains, and a tensor of its shape; None without.
+
+        Raises:
+            NothingToShrinkError: when the method finds nothing in this model to act on.
+        """
+        return None
 
     def _magnitudes(self, model: nn.Module, scales: Scales) -> Tensor:
         """[n]: the absolute value of every scale, on which scores rest."""

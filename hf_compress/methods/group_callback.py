@@ -12,7 +12,7 @@ from hf_compress.errors import NothingToShrinkError
 
 from .axis_callback import AxisCallback
 from .trained_model import trained_model
-from .training_buffer import reserve, unregister
+from .training_buffer import unregister
 from .weight_groups import Slices, WeightGroups
 
 
@@ -33,16 +33,6 @@ class GroupCallback(AxisCallback):
     buffer_prefix: ClassVar[str]
     without_buffer: ClassVar[str]
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module = trained_model(kwargs)
-        super().on_init_end(args, state, control, **kwargs)
-        try:
-            groups = self._groups(model)
-        except NothingToShrinkError:
-            return  # on_train_begin reports it; a Trainer that only evaluates has no need of it
-        # here, so that resuming fills it from the checkpoint
-        reserve(model, self._name(groups), groups.counts.new_empty(self._buffer_shape(groups)))
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -54,6 +44,10 @@ class GroupCallback(AxisCallback):
         self.groups_ = None  # it holds the parameters
 
     # -- for subclasses -------------------------------------------------------------------------------------------
+
+    def _buffer(self, model: nn.Module) -> tuple[str, Tensor]:
+        groups = self._groups(model)
+        return self._name(groups), groups.counts.new_empty(self._buffer_shape(groups))
 
     def _buffer_shape(self, groups: WeightGroups) -> tuple[int, ...]:
         raise NotImplementedError

@@ -20,14 +20,14 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_compress.axes.finding import Inputs
-from hf_compress.errors import MethodError, NothingToShrinkError
+from hf_compress.errors import MethodError
 from hf_compress.surgery.plan import Plan
 
 from .axis_callback import AxisCallback, Grouping, check_number, plan_of_support
 from .penalties import L1, Penalty, as_penalty
 from .scales import Scales
 from .trained_model import trained_model
-from .training_buffer import filled, register, registered, reserve, unregister
+from .training_buffer import filled, register, registered, unregister
 
 logger = logging.get_logger(__name__)
 
@@ -142,16 +142,6 @@ class ProximalSlimmingCallback(AxisCallback):
 
     # -- Trainer hooks ------------------------------------------------------------------------------------------
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model: nn.Module = trained_model(kwargs)
-        super().on_init_end(args, state, control, **kwargs)
-        try:
-            scales = self._scales(model)
-        except NothingToShrinkError:
-            return  # on_train_begin reports it; a Trainer that only evaluates has no need of it
-        # here, so that resuming fills it from the checkpoint
-        reserve(model, _name(scales), scales.read())
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -247,6 +237,10 @@ class ProximalSlimmingCallback(AxisCallback):
         check_number("coupling", self.coupling, minimum=0, is_open=True)
         self.penalty_ = as_penalty(self.penalty)
         self.penalty_.proximal(torch.zeros(1), 1.0, 1.0)  # raises where there is no closed form
+
+    def _buffer(self, model: nn.Module) -> tuple[str, Tensor]:
+        scales = self._scales(model)
+        return _name(scales), scales.read()
 
     def _shrink(self, v: Tensor, step: float | Tensor) -> Tensor:
         """The proximal operator of the penalty on xi."""
