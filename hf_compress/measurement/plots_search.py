@@ -33,7 +33,7 @@ def plot_architecture(
             ``architecture`` are drawn.
         operators: names of the matrices' columns; "none" never leads. Numbers when not given.
         edges: names of the rows; numbers when not given.
-        kept: softmax weights [edges][operators] -> rows that the discrete architecture keeps; the others are drawn pale.
+        kept: softmax weights, ``[edges][operators]``, -> rows that the discrete architecture keeps; the others are drawn pale.
 
     Raises:
         ValueError: when there is nothing to draw, or more than eight operators.

@@ -146,8 +146,7 @@ def factors(weight: Tensor, scheme: Scheme, rank: int, groups: int = 1) -> tuple
         - linear: ``[R, in]`` and ``[out, R]``;
         - channel: ``[groups R, C / groups, kh, kw]`` with ``groups`` groups and ``[N, R, 1, 1]`` with ``groups`` groups;
         - spatial: ``[groups R, C / groups, kh, 1]`` and ``[N, R, 1, kw]``, both with ``groups`` groups;
-        - decoupled: ``[N R, C / groups, 1, 1]`` with ``groups`` groups and ``[N, R, kh, kw]`` with N groups (R parallel
-          branches, summed).
+        - decoupled, a sum of R branches: ``[N R, C / groups, 1, 1]`` with ``groups`` groups and ``[N, R, kh, kw]`` with N.
 
         A convolution in one dimension gets weights in one dimension.
 
