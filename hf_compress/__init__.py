@@ -49,6 +49,7 @@ _HOMES = {
     "magnitude_scores": "surgery",
     "match_blocks": "surgery",
     "measure": "measurement",
+    "mix_attention": "surgery",
     "own_names_in_checkpoints": "methods",
     "prune": "surgery",
     "push": "hub",
@@ -58,6 +59,7 @@ _HOMES = {
     "report_first": "methods",
     "run_recipe": "recipe",
     "select": "surgery",
+    "settle_attention": "surgery",
     "shrink": "surgery",
     "write_card": "hub",
 }

@@ -51,7 +51,8 @@ class ArchitectureSearchCallback(TrainerCallback, ExportableState):
     """Search an architecture while Trainer trains the network that contains all of them.
 
     The network is any module with architecture parameters: those that its method ``architecture_parameters()`` gives
-    (name -> parameter), or those whose names match ``architecture``. Trainer's optimizer, schedule and clipping are for
+    (name -> parameter), else those that the same method of modules inside gives (see :func:`hf_compress.mix_attention`), or
+    those whose names match ``architecture``. Trainer's optimizer, schedule and clipping are for
     the weights; this callback steps the architecture. Of one data set, Trainer gets the training half and this callback
     keeps the validation half::
 
@@ -626,11 +627,24 @@ class ArchitectureSearchCallback(TrainerCallback, ExportableState):
         )
 
 
+def _has_architecture(module: nn.Module) -> bool:
+    return callable(getattr(module, "architecture_parameters", None))
+
+
+def _inner_architectures(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules inside that have an architecture of their own, such as mixtures of operators, by their paths."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if path.partition(".")[0] != NAME and _has_architecture(module)
+    }
+
+
 def architecture_of(model: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """The architecture parameters of a model, under their names in the model.
 
     Args:
-        model: with a method ``architecture_parameters()``, or any with ``patterns``.
+        model: with a method ``architecture_parameters()``, or modules with one inside, or any with ``patterns``.
         patterns: glob pattern or patterns of names.
 
     Raises:
@@ -650,20 +664,22 @@ def architecture_of(model: nn.Module, patterns: str | Sequence[str] | None = Non
                 f"{', '.join(list(parameters)[:6])}."
             )
         return found
-    given = getattr(model, "architecture_parameters", None)
-    if not callable(given):
+    holders = {"": model} if _has_architecture(model) else _inner_architectures(model)
+    if not holders:
         raise ModelError(
-            f"{type(model).__name__} has no method architecture_parameters(), so there is no architecture to search. Name "
-            "its parameters with architecture=, or search its widths with WidthSearchCallback."
+            f"{type(model).__name__} has no method architecture_parameters(), nor has a module in it, so there is no "
+            "architecture to search. Name its parameters with architecture=, or search its widths with WidthSearchCallback."
         )
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     found = {}
-    for label, parameter in given().items():
-        if id(parameter) not in name_of:
-            raise ModelError(
-                f"architecture_parameters() of {type(model).__name__} gives {label!r}, which is no parameter of the model."
-            )
-        found[name_of[id(parameter)]] = parameter
+    for path, holder in holders.items():
+        for label, parameter in holder.architecture_parameters().items():  # type: ignore[operator]
+            if id(parameter) not in name_of:
+                raise ModelError(
+                    f"architecture_parameters() of {type(holder).__name__} gives {label!r}, which is no parameter of the "
+                    f"model{f' ({path})' if path else ''}."
+                )
+            found[name_of[id(parameter)]] = parameter
     if not found:
         raise ModelError(f"architecture_parameters() of {type(model).__name__} is empty: there is nothing to search.")
     return found

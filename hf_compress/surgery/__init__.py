@@ -3,6 +3,7 @@
 from .blocks import Block, block_scores, find_blocks, remove_blocks, select_blocks
 from .factorize import FactorizeReport, factorize, factorize_report
 from .importance import importance, magnitude_scores
+from .mixed import mix_attention, settle_attention
 from .plan import Plan
 from .replace import find_attention, match_blocks, replace_attention, replacement_report
 from .select import select
@@ -25,6 +26,7 @@ __all__ = [
     "importance",
     "magnitude_scores",
     "match_blocks",
+    "mix_attention",
     "prune",
     "record_of",
     "remove_blocks",
@@ -32,5 +34,6 @@ __all__ = [
     "replacement_report",
     "select",
     "select_blocks",
+    "settle_attention",
     "shrink",
 ]

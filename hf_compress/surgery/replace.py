@@ -77,6 +77,7 @@ class ReplacedBlock:
             the latter. 1 is as good as a constant.
         first_error: the same before matching.
         loss_increase: of the model when this block alone is replaced.
+        preference: of a search: the logarithm of how many times the weight of attention the filter had.
     """
 
     block: AttentionBlock
@@ -88,6 +89,7 @@ class ReplacedBlock:
     error: float | None = None
     first_error: float | None = None
     loss_increase: float | None = None
+    preference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class ReplacementReport:
         return [row.block.name for row in self.rows if row.filter is not None]
 
     def __str__(self) -> str:
-        lines = [("attention", "now", "map", "MACs", "ms", "output error", "loss increase")]
+        lines = [("attention", "now", "map", "MACs", "ms", "output error", "loss increase", "preference")]
         for row in self.rows:
             map_of = " x ".join(map(str, row.block.grid)) + (f" + {row.block.prefix}" if row.block.prefix else "")
             lines.append(
@@ -114,6 +116,7 @@ class ReplacementReport:
                     "" if row.ms is None or row.filter_ms is None else f"{row.ms:.3g} -> {row.filter_ms:.3g}",
                     "" if row.error is None else f"{row.first_error:.3f} -> {row.error:.3f}",
                     "" if row.loss_increase is None else f"{row.loss_increase:+.4f}",
+                    "" if row.preference is None else f"{row.preference:+.4f}",
                 )
             )
         used = [column for column in zip(*lines, strict=True) if any(column[1:])]
@@ -338,19 +341,7 @@ def replace_attention(
     budget = _check(layers, filter, count, macs, latency, batches, match_steps, learning_rate)
     earlier = record_of(model) or Record()
     inputs = _inputs(model, example_inputs)
-    watched = _watched(model, inputs)
-    if not watched:
-        done = sum(1 for _ in filtered_in(model))
-        more = f" but {done} in whose place filters stand already" if done else ""
-        raise NothingToShrinkError(
-            f"{type(model).__name__} has no attention block{more} that a filter can stand in for. That takes blocks with "
-            "q_proj, k_proj, v_proj and o_proj of one width, as in transformers' vit, deit, swin and dinov2. One that was "
-            "pruned or factorised is none: replace attention first."
-        )
-    wanted = _wanted([block.name for block, _ in watched], layers, model)
-    chosen = {block.name: (block, call) for block, call in watched if block.name in wanted}
-    for name in chosen:
-        _check_block(model, name, earlier)
+    chosen = _chosen_blocks(model, layers, inputs)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
@@ -369,10 +360,49 @@ def replace_attention(
         if budget is not None:
             rows = _with_losses(model, made, rows, held, loss or loss_of)
     taken = list(made) if budget is None else _choose(rows, budget, need)
+    return _finish(model, rows, made, taken, earlier)
+
+
+def _chosen_blocks(
+    model: nn.Module, layers: str | Sequence[str], inputs: Any
+) -> dict[str, tuple[AttentionBlock, Call]]:
+    """The attention blocks that ``layers`` names and that can be replaced, with their first calls.
+
+    Raises:
+        NothingToShrinkError, MethodError, ModelError: see :func:`replace_attention`.
+    """
+    earlier = record_of(model) or Record()
+    watched = _watched(model, inputs)
+    if not watched:
+        done = sum(1 for _ in filtered_in(model))
+        more = f" but {done} in whose place filters stand already" if done else ""
+        raise NothingToShrinkError(
+            f"{type(model).__name__} has no attention block{more} that a filter can stand in for. That takes blocks with "
+            "q_proj, k_proj, v_proj and o_proj of one width, as in transformers' vit, deit, swin and dinov2. One that was "
+            "pruned or factorised is none: replace attention first."
+        )
+    wanted = _wanted([block.name for block, _ in watched], layers, model)
+    for name in wanted:
+        _check_block(model, name, earlier)
+    return {block.name: (block, call) for block, call in watched if block.name in wanted}
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    holder, _, last = name.rpartition(".")
+    model.get_submodule(holder)._modules[last] = module
+
+
+def _finish(
+    model: nn.Module,
+    rows: Mapping[str, ReplacedBlock],
+    made: Mapping[str, FilteredTokens],
+    taken: Sequence[str],
+    earlier: Record,
+) -> nn.Module:
+    """Put the filters of the blocks that are taken in their places, and let the model remember it."""
     for name in taken:
-        holder, _, last = name.rpartition(".")
-        model.get_submodule(holder)._modules[last] = made[name].train(model.get_submodule(name).training)
-    filtered = {name: (filter, chosen[name][0].grid, chosen[name][0].prefix) for name in taken}
+        _put(model, name, made[name].train(model.get_submodule(name).training))
+    filtered = {name: (made[name].filter, rows[name].block.grid, rows[name].block.prefix) for name in taken}
     attach_record(model, earlier.merge(Record(filtered=filtered)))
     table = tuple(row if name in taken else replace(row, filter=None) for name, row in rows.items())
     model.hf_compress_replacement_report = ReplacementReport(table)  # type: ignore[assignment]
@@ -462,28 +492,39 @@ def _check(
     if filter not in FILTERS:
         raise MethodError(f"filter={filter!r} is not known; give one of {', '.join(map(repr, FILTERS))}.")
     _check_matching(steps, learning_rate)
-    given = {
-        name: value for name, value in (("count", count), ("macs", macs), ("latency", latency)) if value is not None
-    }
+    budget = check_budget(count, macs, latency)
     if layers != "auto":
-        if given:
-            raise MethodError(f'{", ".join(given)} chooses layers, so it needs layers="auto"; got layers={layers!r}.')
+        if budget is not None:
+            (given,) = [name for name, value in vars(budget).items() if value is not None]
+            raise MethodError(f'{given} chooses layers, so it needs layers="auto"; got layers={layers!r}.')
         return None
-    if len(given) != 1:
-        found = f"got {' and '.join(given)}" if given else "got none"
-        raise MethodError(f'layers="auto" needs exactly one of count=, macs= and latency=; {found}.')
+    if budget is None:
+        raise MethodError('layers="auto" needs exactly one of count=, macs= and latency=; got none.')
     if batches is None:
         raise MethodError(
             'layers="auto" measures how much the loss grows and needs batches=, for example a DataLoader over a few '
             "hundred training examples."
         )
+    return budget
+
+
+def check_budget(count: int | None, macs: Budget, latency: float | None) -> _Budget | None:
+    """What is to be reached; None when nothing is given.
+
+    Raises:
+        MethodError: when several are given, or ``count`` is no number of blocks.
+        BudgetError: for a budget that is none.
+    """
+    given = [name for name, value in (("count", count), ("macs", macs), ("latency", latency)) if value is not None]
+    if len(given) > 1:
+        raise MethodError(f"give one of count=, macs= and latency=; got {' and '.join(given)}.")
     if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
         raise MethodError(f"count={count!r} is not a number of blocks: give 1 or more.")
     if latency is not None and (isinstance(latency, bool) or not 0 < latency < math.inf):
         raise BudgetError(f"latency={latency!r} is not a budget: give a share (up to 1) or milliseconds.")
     if macs is not None:
         budget_limits(Cost(1, 1), macs, None)  # refuses what is no budget
-    return _Budget(count, macs, latency)
+    return _Budget(count, macs, latency) if given else None
 
 
 def _check_matching(steps: int, learning_rate: float) -> None:
