@@ -75,13 +75,7 @@ def _cell(outcome: Outcome, check: str) -> str:
 def table(rows: Iterable[Row], cannot: dict[str, dict[str, str]], onnx: bool) -> str:
     """The document."""
     rows = list(rows)
-    passed = sum(not outcome.failed for _, _, outcome, _ in rows)
-    equal = sum(outcome.results.get("masked") == "" for _, _, outcome, _ in rows)
-    lines = [
-        PREFACE,
-        *([ONNX] if onnx else []),
-        f"{len(rows)} models: {equal} equal their masked model, {passed} pass every check that applies.\n",
-    ]
+    lines: list[str] = []
     checks = ["masked", "reload", "train", *(["onnx"] if onnx else [])]
     titles = ["axes", "exact", "exact params", "all params", *(check.replace("onnx", "ONNX") for check in checks)]
     for module, section in SECTIONS.items():
@@ -100,7 +94,45 @@ def table(rows: Iterable[Row], cannot: dict[str, dict[str, str]], onnx: bool) ->
         lines.append("")
         if cannot.get(module):
             lines += ["Not built:\n", *(f"- {name}: {reason}" for name, reason in cannot[module].items()), ""]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join([PREFACE, *([ONNX] if onnx else []), _summary(lines), "", *lines]).rstrip() + "\n"
+
+
+def _summary(lines: Iterable[str]) -> str:
+    """What all rows of the tables come to."""
+    rows = [line.split(" | ") for line in lines if _name(line)]
+    equal = sum(cells[5][:1].isdigit() for cells in rows)  # the size of the difference
+    passed = sum("**" not in " ".join(cells) for cells in rows)
+    return f"{len(rows)} models: {equal} equal their masked model, {passed} pass every check that applies."
+
+
+def _name(line: str) -> str:
+    """Of the architecture that a line of the document is about; empty for all other lines."""
+    name = line[2:].partition(" | ")[0] if line.startswith("| ") else ""
+    return "" if name == "architecture" else name
+
+
+def updated(document: str, later: str) -> str:
+    """A document with the rows of a later one in place of its own.
+
+    Raises:
+        ValueError: when the later one has other columns, or a row that the document lacks.
+    """
+    lines, place = document.split("\n"), {}
+    section = ""
+    for number, line in enumerate(lines):
+        section = line if line.startswith("## ") else section
+        place[section, _name(line) or line] = number
+    for line in later.split("\n"):
+        section = line if line.startswith("## ") else section
+        if _name(line) or line.startswith("| architecture"):
+            if (section, _name(line) or line) not in place:
+                raise ValueError(
+                    f"the document has no such row or columns, so it must be written as a whole: {line[:80]}"
+                )
+            lines[place[section, _name(line) or line]] = line
+    summary = next(number for number, line in enumerate(lines) if " pass every check that applies." in line)
+    lines[summary] = _summary(lines)
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -109,7 +141,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--no-onnx", action="store_true", help="leave out the export, which takes most of the time")
     parser.add_argument("--only", help="architectures whose name matches this shell pattern")
+    parser.add_argument("--update", action="store_true", help="replace these rows of the file and leave its others")
     options = parser.parse_args()
+    if options.update and (options.output is None or not options.output.exists()):
+        parser.error("--update needs an --output that exists")
     jobs = list(_jobs(options.only))
     if not jobs:
         parser.error(f"no architecture is called {options.only!r} (a shell pattern, such as 'resnet*')")
@@ -126,6 +161,8 @@ def main() -> None:
     if options.output is None:
         print(text, end="")
         return
+    if options.update:
+        text = updated(options.output.read_text(), text)
     written = options.output.with_name(f".{options.output.name}.part")
     written.write_text(text)
     os.replace(written, options.output)

@@ -379,7 +379,7 @@ def _serve() -> None:
 class _OneOutput(nn.Module):
     """A model of one image batch and one tensor: all outputs side by side, all further inputs constant.
 
-    Outputs that are the same for every image, such as anchors, are left out.
+    Outputs that are not as many as the first one, such as anchors that all images share, are left out.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor]):
@@ -392,9 +392,10 @@ class _OneOutput(nn.Module):
                 self.register_buffer(f"input_{name}", value[:1].clone(), persistent=False)
         self.further = [name for name in inputs if name != self.main]
         with torch.no_grad():
-            outputs = tensors_of(model(**inputs))
-        batch = len(inputs[self.main])
-        self.taken = [t.is_floating_point() and t.dim() > 1 and len(t) == batch for t in outputs]
+            outputs = list(tensors_of(model(**inputs)))
+        numbers = [t.is_floating_point() and t.dim() > 1 for t in outputs]
+        count = next((len(t) for t, is_number in zip(outputs, numbers, strict=True) if is_number), 0)
+        self.taken = [is_number and len(t) == count for t, is_number in zip(outputs, numbers, strict=True)]
 
     def forward(self, x: Tensor) -> Tensor:
         further = {}
