@@ -11,6 +11,7 @@ import copy
 import io
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,6 @@ from masking import largest_difference, random_keep, tensors_of, zero_at_produce
 
 import hf_compress
 from hf_compress.axes import AxisGraph, find_axes
-from hf_compress.errors import ExportError
 from hf_compress.recipe.reload import in_own_memory
 from hf_compress.surgery import Plan, Record, apply_record, record_of, shrink
 
@@ -379,7 +379,7 @@ def _serve() -> None:
 class _OneOutput(nn.Module):
     """A model of one image batch and one tensor: all outputs side by side, all further inputs constant.
 
-    Outputs that are not as many as the first one, such as anchors that all images share, are left out.
+    Outputs that do not grow with the batch, such as anchors that all images share, are left out.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor]):
@@ -392,18 +392,21 @@ class _OneOutput(nn.Module):
                 self.register_buffer(f"input_{name}", value[:1].clone(), persistent=False)
         self.further = [name for name in inputs if name != self.main]
         with torch.no_grad():
-            outputs = list(tensors_of(model(**inputs)))
-        numbers = [t.is_floating_point() and t.dim() > 1 for t in outputs]
-        count = next((len(t) for t, is_number in zip(outputs, numbers, strict=True) if is_number), 0)
-        self.taken = [is_number and len(t) == count for t, is_number in zip(outputs, numbers, strict=True)]
+            one, two = (self._outputs(inputs[self.main][:count]) for count in (1, 2))
+        self.taken = [
+            b.is_floating_point() and b.dim() > 1 and len(b) == 2 * len(a) for a, b in zip(one, two, strict=True)
+        ]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _outputs(self, x: Tensor) -> list[Tensor]:
         further = {}
         for name in self.further:
             value = getattr(self, f"input_{name}")
             further[name] = value.expand(x.shape[0], *value.shape[1:])
-        outputs = tensors_of(self.model(**{self.main: x.to(self.dtype)}, **further))
-        return torch.cat([t.flatten(1) for t, taken in zip(outputs, self.taken, strict=True) if taken], dim=1)
+        return list(tensors_of(self.model(**{self.main: x.to(self.dtype)}, **further)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = zip(self._outputs(x), self.taken, strict=True)
+        return torch.cat([tensor.flatten(1) for tensor, is_taken in outputs if is_taken], dim=1)
 
 
 def _exports(model: nn.Module, small: nn.Module, inputs: dict[str, Tensor]) -> tuple[str, str]:
@@ -425,10 +428,8 @@ def _export(model: nn.Module, inputs: dict[str, Tensor]) -> str:
             hf_compress.export_onnx(
                 wrapped, Path(folder) / "model.onnx", (example,), check_inputs=(example,), tolerance=1e-3 * scale
             )
-        except ExportError as error:
-            return _said(error)
         except Exception as error:
-            return _said(error)
+            return re.sub(r"\S*\.onnx\b", "the file", _said(error).replace(folder, "FOLDER"))
     return ""
 
 
