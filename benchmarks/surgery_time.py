@@ -1,8 +1,9 @@
 """How long it takes to find what can shrink in a ResNet-50 and to shrink it, against torch-pruning.
 
 Both halve every prunable layer by the magnitude of its weights, on the same random ResNet-50 of transformers, in turn
-within each round. Printed are medians of wall time on one thread, for the whole and for its two parts, and the ratio; a
-plain forward pass of the same image is given for scale. ``find_axes`` alone is timed on further architectures.
+within each round. Printed are medians of processor time of one thread, for the whole and for its two parts, and the ratio;
+a plain forward pass of the same image is given for scale. ``find_axes`` alone is timed on further architectures, against
+torch-pruning's graph where it can build one.
 
     python benchmarks/surgery_time.py [--quick] [--output FILE]
 """
@@ -21,54 +22,57 @@ from pathlib import Path
 import torch
 import torch_pruning
 import transformers
+from latency import classifier, detr, logits, torch_pruning_graph
 from torch import Tensor, nn
 
 from hf_compress import find_axes, magnitude_scores, select, shrink
 
 RATIO = 0.5
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
-    "resnet-50": transformers.ResNetConfig,
-    "vit-base": transformers.ViTConfig,
-    "swin-tiny": transformers.SwinConfig,
-    "convnext-tiny": transformers.ConvNextConfig,
-    "mobilenet-v2": transformers.MobileNetV2Config,
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet-50": (lambda: classifier(transformers.ResNetConfig()), 224),
+    "vit-base": (lambda: classifier(transformers.ViTConfig()), 224),
+    "swin-tiny": (lambda: classifier(transformers.SwinConfig()), 224),
+    "convnext-tiny": (lambda: classifier(transformers.ConvNextConfig()), 224),
+    "mobilenet-v2": (lambda: classifier(transformers.MobileNetV2Config()), 224),
+    "detr-resnet-50": (detr, 480),
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> tuple[nn.Module, Tensor]:
+    make, size = MODELS[name]
     torch.manual_seed(0)
-    return transformers.AutoModelForImageClassification.from_config(CONFIGS[name]()).eval()
+    return make().eval(), torch.randn(1, 3, size, size)
 
 
 def ours(model: nn.Module, image: Tensor) -> tuple[float, float]:
     """Seconds to find the axes, and to score, select and cut."""
-    start = time.perf_counter()
+    start = time.process_time()
     axes = find_axes(model, image)
-    found = time.perf_counter()
+    found = time.process_time()
     shrink(model, select(axes, magnitude_scores(model, axes), ratio=RATIO))
-    return found - start, time.perf_counter() - found
+    return found - start, time.process_time() - found
 
 
 def theirs(model: nn.Module, image: Tensor) -> tuple[float, float]:
     """Seconds to build torch-pruning's dependency graph and pruner, and to score and cut."""
-    start = time.perf_counter()
+    start = time.process_time()
     pruner = torch_pruning.pruner.BasePruner(
         model,
         image,
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=RATIO,
         ignored_layers=[model.classifier[-1]],
-        output_transform=lambda output: output.logits,
+        output_transform=logits,
     )
-    found = time.perf_counter()
+    found = time.process_time()
     pruner.step()
-    return found - start, time.perf_counter() - found
+    return found - start, time.process_time() - found
 
 
 def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:
@@ -79,9 +83,7 @@ def main() -> None:
     rounds = 3 if arguments.quick else 11
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    image = torch.randn(1, 3, 224, 224)
-
-    dense = build("resnet-50")
+    dense, image = build("resnet-50")
     samples: dict[str, list[tuple[float, float]]] = {"hf_compress": [], "torch-pruning": []}
     forward: list[float] = []
     params: dict[str, int] = {"dense": sum(p.numel() for p in dense.parameters())}
@@ -111,23 +113,28 @@ def main() -> None:
     results["ratio"] = totals["hf_compress"] / totals["torch-pruning"]
     print(f"hf_compress takes {results['ratio']:.2f} of the time of torch-pruning")
 
-    finding: dict[str, dict[str, float]] = {}
-    for name in list(CONFIGS)[: 1 if arguments.quick else None]:
-        model = build(name)
-        pairs = []
+    finding: dict[str, dict[str, float | str]] = {}
+    for name in list(MODELS)[: 1 if arguments.quick else None]:
+        model, image = build(name)
+        taken: dict[str, list[float | str]] = {"forward_s": [], "find_axes_s": [], "torch_pruning_graph_s": []}
         for _ in range(rounds + 1):
             with torch.no_grad():
-                plain = seconds(lambda model=model: model(image))
-            pairs.append((plain, seconds(lambda model=model: find_axes(model, image))))
-        plain, watched = (statistics.median(pair[i] for pair in pairs[1:]) for i in (0, 1))
+                taken["forward_s"].append(seconds(lambda model=model, image=image: model(image)))
+            taken["find_axes_s"].append(seconds(lambda model=model, image=image: find_axes(model, image)))
+            taken["torch_pruning_graph_s"].append(torch_pruning_graph(copy.deepcopy(model), image, time.process_time))
+        row: dict[str, float | str] = {
+            key: found if isinstance(found := values[-1], str) else statistics.median(values[1:])  # type: ignore[type-var]
+            for key, values in taken.items()
+        }
         axes = find_axes(model, image)
         halved = {axis.name: axis.size // 2 or 1 for axis in axes}
         cost_us = statistics.median(seconds(lambda a=axes, h=halved: a.cost(h)) for _ in range(101)) * 1e6
-        finding[name] = {"forward_s": plain, "find_axes_s": watched, "cost_us": cost_us, "axes": len(axes)}
-        print(
-            f"{name:14}  forward {plain:.3f} s, find_axes {watched:.3f} s ({(watched - plain) * 1e3:+.0f} ms), "
-            f"cost(plan) {cost_us:.0f} us, {len(axes)} axes"
+        finding[name] = {**row, "cost_us": cost_us, "axes": len(axes)}
+        shown = ", ".join(
+            f"{key[:-2].replace('_', ' ')} {value if isinstance(value, str) else f'{value:.3f} s'}"
+            for key, value in row.items()
         )
+        print(f"{name:14}  {shown}, cost(plan) {cost_us:.0f} us, {len(axes)} axes")
     results["find_axes"] = finding
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")

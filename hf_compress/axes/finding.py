@@ -94,8 +94,8 @@ def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
 def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
     """Find what can shrink in a model by watching one forward pass.
 
-    The pass runs in evaluation mode without gradients; the model, its buffers, its mode and the random state are left
-    as they were. Where some modules did not run in it, the pass that training makes is watched as well, for heads that
+    The pass runs in evaluation mode without gradients, with noise in place of what large layers would compute (see
+    :mod:`.shortcuts`); the model, its buffers, its mode and the random state are left as they were. Where some modules did not run in it, the pass that training makes is watched as well, for heads that
     only training uses.
 
     Args:
@@ -125,9 +125,24 @@ def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
     return _build(model, tracer)
 
 
-def _watch(model: nn.Module, inputs: Any, constants: Sequence[Tensor] = ()) -> tuple[Tracer, Any]:
-    """One watched forward pass; also what the model returned."""
-    tracer = Tracer(model, constants)
+def _watch(
+    model: nn.Module, inputs: Any, constants: Sequence[Tensor] = (), in_full: bool = False
+) -> tuple[Tracer, Any]:
+    """One watched forward pass; also what the model returned.
+
+    Unless ``in_full``, large products are not computed (see :mod:`.shortcuts`); a model that fails on their stand-ins runs
+    once more as it is.
+    """
+    if not in_full:
+        try:
+            return _watched_pass(model, inputs, constants, in_full=False)
+        except ModelError:
+            pass
+    return _watched_pass(model, inputs, constants, in_full=True)
+
+
+def _watched_pass(model: nn.Module, inputs: Any, constants: Sequence[Tensor], in_full: bool) -> tuple[Tracer, Any]:
+    tracer = Tracer(model, constants, in_full)
     with _prepared(model, tracer):
         for tensor in tensors_in(inputs):
             for dim in tracer.value(tensor).dims:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from .algebra import Index, find, fixed, freeze, is_fixed, leaves, product, unify
 from .provenance import TracedInt, Watcher
 from .scaling import _LAYERS, Gain, Gains
+from .shortcuts import stand_in
 
 
 @dataclass
@@ -143,8 +144,9 @@ _BINARY_DUNDERS = {"sub", "truediv", "div", "pow", "matmul", "floordiv", "mod"}
 class Tracer(TorchFunctionMode):
     """Relates the dimensions of all tensors in a forward pass. See the module docstring."""
 
-    def __init__(self, model: nn.Module, constants: Sequence[Tensor] = ()):
+    def __init__(self, model: nn.Module, constants: Sequence[Tensor] = (), in_full: bool = False):
         super().__init__()
+        self._in_full = in_full
         self.watcher = Watcher()
         self.gains = Gains(self.watcher)
         self.costs: list[CostTerm] = []
@@ -335,7 +337,8 @@ class Tracer(TorchFunctionMode):
             return output
         signature, function = RULES[name]
         call = Call(name, _bind(signature, args, kwargs), None, self)
-        call.output = output = func(*args, **kwargs)
+        output = None if self._in_full else stand_in(name, call.args)
+        call.output = output = func(*args, **kwargs) if output is None else output
         try:
             described = function(call)
             overlooked = call.overlooked()
