@@ -117,6 +117,7 @@ class CardContent:
         int8: of model_int8.onnx: ``latency_ms``, ``argmax`` (share of images with PyTorch's class, or None), ``images``,
             ``relative_difference`` of outputs, and the task's figures.
         notes: sentences on limits and fairness.
+        dense_is: which model the dense column is about, as the end of a sentence.
         plots: file name of a picture in the card's folder -> what it shows.
         recipe: the recipe as YAML.
         machine: what the times were measured on, see :func:`hf_compress.measurement.describe_machine`.
@@ -143,6 +144,7 @@ class CardContent:
     onnx_max_abs_diff: float | None = None
     int8: Mapping[str, float | None] | None = None
     notes: Sequence[str] = ()
+    dense_is: str = ""
     plots: Mapping[str, str] = field(default_factory=dict)
     recipe: str = ""
     machine: str = ""
@@ -331,6 +333,8 @@ def _measuring(card: CardContent) -> str:
     measured = [name for key, (_, name) in figures.items() if card.compressed.get(key) is not None]
     if measured:
         lines.append(f"- {measured[0]}: {_plain(card.dataset_name)}, {_plain(card.dataset_split)} images.")
+    if card.dense_is:
+        lines.append(f"- Dense: {_plain(card.dense_is)}.")
     if card.compressed.get("latency_ms") is not None:
         rounds = f", median of {card.latency_rounds} rounds in turns" if card.latency_rounds else ""
         lines.append(f"- Time: one image{rounds}.")

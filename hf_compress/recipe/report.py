@@ -96,7 +96,7 @@ def report(prepared: Prepared, folder: RunFolder, index: int, partial: Path) -> 
     pictures = draw(prepared, folder, index, metrics, made) | prepared.task.draw(prepared, models, made)
     pictures |= _draw_filters(prepared, models["compressed"], made)
     architecture = type(models["compressed"]).__name__.removesuffix(prepared.task.auto or "ForRegression")
-    write_readme(prepared, stage, metrics, pictures, made, describe_machine(), architecture)
+    write_readme(prepared, stage, metrics, pictures, made, describe_machine(), architecture, chosen)
     return {"stage": "report", "dense": chosen, "metrics": metrics}
 
 
@@ -129,6 +129,15 @@ def dense_stage(prepared: Prepared, folder: RunFolder, stage: ReportStage) -> in
         return 0
     figure = f"validation_{prepared.task.figures[0]}"
     return max(candidates, key=lambda n: ((folder.done(n) or {})[figure], -n))
+
+
+def _name_of_dense(prepared: Prepared, stage: ReportStage, dense: int) -> str:
+    """Which model the dense one is: with several stages before anything is removed, nothing else says so."""
+    if dense == 0:
+        return ""
+    says = f"the model after stage {dense} ({prepared.recipe.stages[dense - 1].stage.replace('_', ' ')})"
+    is_chosen = stage.dense is None and len(unpruned_stages(prepared)) > 1
+    return f"{says}, the best of the full-sized ones on validation images" if is_chosen else says
 
 
 def draw(prepared: Prepared, folder: RunFolder, index: int, metrics: dict[str, Any], made: Path) -> dict[str, str]:
@@ -303,8 +312,9 @@ def write_readme(
     made: Path,
     machine: str,
     architecture: str,
+    dense: int,
 ) -> None:
-    """The model card."""
+    """The model card; ``dense`` is the number of the stage whose model is called so."""
     from ..hub.card import CardContent, write_card
     from .data import local_folder
 
@@ -334,6 +344,7 @@ def write_readme(
             int8=metrics.get("int8"),
             plots=pictures,
             notes=prepared.task.notes(metrics),
+            dense_is=_name_of_dense(prepared, stage, dense),
             recipe=recipe.as_yaml(),
             machine=machine,
             latency_rounds=stage.latency_rounds,

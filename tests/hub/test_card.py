@@ -128,6 +128,8 @@ def test_the_page_renders(folder):
     assert "3.2e-07" in text and "identical" in text and "median of 15 rounds" in text and "Some CPU" in text
     assert "49 % of the multiply-accumulates" in text and "33 % of the parameters" in text
     assert sorted(p.name for p in folder.iterdir()) == sorted([*FULL.plots, "README.md"])
+    assert "Dense:" not in text
+    assert "- Dense: as \\*published\\*.\n" in write_card(folder, replace(FULL, dense_is="as *published*")).read_text()
 
 
 def test_what_is_not_given_is_not_said(tmp_path):

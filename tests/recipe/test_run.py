@@ -51,6 +51,14 @@ def test_the_folder_holds_what_was_promised(finished: tuple[Path, Any, list[str]
     assert all(math.isfinite(metrics[kind][key]) for kind in ("dense", "compressed") for key in keys)
 
 
+def test_the_card_says_which_model_is_the_dense_one(finished: tuple[Path, Any, list[str]]) -> None:
+    output, _, _ = finished
+    done = json.loads((output / "stages" / "06-report" / "done.json").read_text())
+    name = ("train", "network slimming")[done["dense"] - 1]
+    said = f"- Dense: the model after stage {done['dense']} ({name}), the best of the full-sized ones on validation images."
+    assert said in (output / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_metrics_are_those_of_the_saved_model(finished: tuple[Path, Any, list[str]]) -> None:
     from transformers import AutoModelForImageClassification
 
