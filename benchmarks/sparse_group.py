@@ -351,8 +351,8 @@ def table(whole: dict[str, Any]) -> str:
             lines.append(f"| {METHODS[method].label} | {' | '.join(cells)} |")
         lines += [
             "",
-            "| method | strength | zero or removed | zeros in what remains | filters removed | MACs | trained | cut | fine-tuned | CPU s of training |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| method | strength | zero or removed | zeros in what remains | filters removed | MACs | trained | cut | fine-tuned | CPU s of training | seeds |",
+            "|" + "---|" * 11,
         ]
         for method, curve in found["curves"].items():
             for p in curve:
@@ -363,7 +363,8 @@ def table(whole: dict[str, Any]) -> str:
                     f"{p[key]:.2f} ± {p[f'{key}_std']:.2f}" for key in ("trained", "before", "after")
                 )
                 lines.append(
-                    f"| {METHODS[method].label} | {p['strength']:g} | {shares} | {accuracies} | {p['train_seconds']:.0f} |"
+                    f"| {METHODS[method].label} | {p['strength']:g} | {shares} | {accuracies} | {p['train_seconds']:.0f} "
+                    f"| {len(p['seeds'])} |"
                 )
         lines.append("")
     return "\n".join(lines)
