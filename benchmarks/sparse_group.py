@@ -302,6 +302,17 @@ def points(records: list[dict[str, Any]], network: str, method: str, seeds: Iter
     return found
 
 
+def finished_seeds(records: list[dict[str, Any]], network: str, seeds: Iterable[int]) -> list[int]:
+    """The seeds with which everything ran: curves of different seeds are not to be compared."""
+    wanted = {
+        (network, name, strength, chosen_split(records, network, name))
+        for name, method in METHODS.items()
+        for strength in method.strengths.get(network, ())
+    }
+    found = {(r["network"], r["method"], r["strength"], r["split"], r["seed"]) for r in records}
+    return [seed for seed in seeds if all((*point, seed) in found for point in wanted)]
+
+
 def at_accuracy(curve: list[dict[str, Any]], key: str, level: float, is_more: bool) -> float | None:
     """The best value of a curve where its accuracy after fine-tuning is at least ``level``, interpolated between points."""
     curve = sorted(curve, key=lambda p: p[key], reverse=not is_more)
@@ -317,7 +328,8 @@ def at_accuracy(curve: list[dict[str, Any]], key: str, level: float, is_more: bo
 def summary(records: list[dict[str, Any]], seeds: Iterable[int]) -> dict[str, Any]:
     whole = {}
     for network in NETWORKS:
-        curves = {m: c for m in METHODS if (c := points(records, network, m, seeds))}
+        used = finished_seeds(records, network, seeds) or seeds
+        curves = {m: c for m in METHODS if (c := points(records, network, m, used))}
         if "dense" not in curves:
             continue
         level = curves["dense"][0]["after"] - LOSS
@@ -392,7 +404,7 @@ def plot(whole: dict[str, Any], path: Path) -> None:
                     panel.errorbar(
                         values, means, bars, marker="o", capsize=2, color=f"C{place}", label=METHODS[method].label
                     )
-            panel.set_ylim(max(dense - 12, panel.get_ylim()[0]), dense + 1)
+            panel.set_ylim(max(dense - 12, panel.get_ylim()[0]), dense + 1.6)
             panel.set_xlabel(label)
             panel.grid(alpha=0.3)
         pair[0].set_ylabel(f"{NETWORKS[network].label}: test accuracy, %")
