@@ -70,7 +70,9 @@ def _one_by_one(text: str) -> str:
             entry.append(lines.pop(0))
         whole = "\n".join(entry)
         names = _ENTRY.match(whole)
-        for name in re.split(r",\s+", names[1]) if names else []:
-            written += f"    {name}: {whole[names.end() :]}".split("\n")
-        written += [] if names else entry
+        if names is None:
+            written += entry
+        else:
+            for name in re.split(r",\s+", names[1]):
+                written += f"    {name}: {whole[names.end() :]}".split("\n")
     return "\n".join(written)

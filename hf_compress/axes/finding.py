@@ -95,8 +95,8 @@ def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
     """Find what can shrink in a model by watching one forward pass.
 
     The pass runs in evaluation mode without gradients, with noise in place of what large layers would compute (see
-    :mod:`.shortcuts`); the model, its buffers, its mode and the random state are left as they were. Where some modules did not run in it, the pass that training makes is watched as well, for heads that
-    only training uses.
+    :mod:`.shortcuts`); the model, its buffers, its mode and the random state are left as they were. Where some modules did
+    not run in it, the pass that training makes is watched as well, for heads that only training uses.
 
     Args:
         model: any module that runs eagerly.
@@ -125,20 +125,15 @@ def find_axes(model: nn.Module, example_inputs: Inputs = None) -> AxisGraph:
     return _build(model, tracer)
 
 
-def _watch(
-    model: nn.Module, inputs: Any, constants: Sequence[Tensor] = (), in_full: bool = False
-) -> tuple[Tracer, Any]:
+def _watch(model: nn.Module, inputs: Any, constants: Sequence[Tensor] = ()) -> tuple[Tracer, Any]:
     """One watched forward pass; also what the model returned.
 
-    Unless ``in_full``, large products are not computed (see :mod:`.shortcuts`); a model that fails on their stand-ins runs
-    once more as it is.
+    Large products are not computed (see :mod:`.shortcuts`); a model that fails on their stand-ins runs once more as it is.
     """
-    if not in_full:
-        try:
-            return _watched_pass(model, inputs, constants, in_full=False)
-        except ModelError:
-            pass
-    return _watched_pass(model, inputs, constants, in_full=True)
+    try:
+        return _watched_pass(model, inputs, constants, in_full=False)
+    except ModelError:
+        return _watched_pass(model, inputs, constants, in_full=True)
 
 
 def _watched_pass(model: nn.Module, inputs: Any, constants: Sequence[Tensor], in_full: bool) -> tuple[Tracer, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_compress.axes.finding import Inputs
 from hf_compress.errors import MethodError, ModelError
 
-from .filtered import FILTERS, Filter, FilteredTokens, filtered_from
+from .filtered import FILTERS, Filter, FilteredTokens
 from .importance import Batches, batches_for
 from .replace import (
     ReplacedBlock,
@@ -29,6 +29,7 @@ from .replace import (
     _costs,
     _finish,
     _inputs,
+    _made,
     _match,
     _need,
     _put,
@@ -36,7 +37,6 @@ from .replace import (
     check_budget,
 )
 from .select import Budget
-from .skeleton import Record, record_of
 
 
 class MixedAttention(nn.Module):
@@ -128,19 +128,14 @@ def mix_attention(
         raise ModelError(f"this {type(model).__name__} holds mixtures already. End their search by settle_attention.")
     chosen = _chosen_blocks(model, layers, _inputs(model, example_inputs))
     held = None if batches is None else list(batches_for(model, batches))
-    made: dict[str, dict[Filter, FilteredTokens]] = {name: {} for name in chosen}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        for kind in names:
-            torch.manual_seed(seed)  # for each, so that a filter begins as replace_attention would have it
-            for name, (block, _) in chosen.items():
-                made[name][kind] = filtered_from(model.get_submodule(name), kind, block.grid, block.prefix)
-    for kind in names if held is not None else ():
-        assert held is not None
-        _match(model, {name: modules[kind] for name, modules in made.items()}, held, match_steps, learning_rate)
-    for name, modules in made.items():
+    made = {kind: _made(model, chosen, kind, seed) for kind in names}
+    if held is not None:
+        for filters_of_a_kind in made.values():
+            _match(model, filters_of_a_kind, held, match_steps, learning_rate)
+    for name in chosen:
         attention = model.get_submodule(name)
-        _put(model, name, MixedAttention(attention, modules).train(attention.training))
+        mixture = MixedAttention(attention, {kind: made[kind][name] for kind in names})
+        _put(model, name, mixture.train(attention.training))
     return model
 
 
@@ -181,34 +176,35 @@ def settle_attention(
     mixed = mixed_in(model)
     if not mixed:
         raise ModelError(f"this {type(model).__name__} holds no mixture of attention and filters; see mix_attention.")
-    earlier = record_of(model) or Record()
-    best: dict[str, tuple[Filter, float]] = {}
+    made: dict[str, FilteredTokens] = {}
+    preference: dict[str, float] = {}
     for name, mixture in mixed.items():
         first, *others = mixture.alpha.detach()[0].double().tolist()
-        place = max(range(len(others)), key=others.__getitem__)
         if not all(abs(value) < float("inf") for value in (first, *others)):
             raise ModelError(f"the variables of {name!r} are not finite; the search diverged. Lower its learning rate.")
-        best[name] = list(mixture.filters)[place], others[place] - first  # type: ignore[assignment]
-    made: dict[str, FilteredTokens] = {name: mixed[name].filters[kind] for name, (kind, _) in best.items()}  # type: ignore[misc]
+        place = max(range(len(others)), key=others.__getitem__)
+        made[name] = list(mixture.filters.values())[place]  # type: ignore[assignment]
+        preference[name] = others[place] - first
     for name, mixture in mixed.items():
         _put(model, name, mixture.attention)
     try:
         inputs = _inputs(model, example_inputs)
         watched = {block.name: (block, call) for block, call in _watched(model, inputs) if block.name in mixed}
         rows = {
-            name: ReplacedBlock(block, best[name][0], preference=best[name][1]) for name, (block, _) in watched.items()
+            name: ReplacedBlock(block, made[name].filter, preference=preference[name])
+            for name, (block, _) in watched.items()
         }
         if budget is None:
-            taken = [name for name in rows if best[name][1] > 0]
+            taken = [name for name in rows if preference[name] > 0]
         else:
             rows = _costs(model, rows, {name: call for name, (_, call) in watched.items()}, made, budget)
             need = _need(model, rows, budget, inputs)
-            taken = _choose({n: replace(row, loss_increase=-best[n][1]) for n, row in rows.items()}, budget, need)
+            taken = _choose({n: replace(row, loss_increase=-preference[n]) for n, row in rows.items()}, budget, need)
+        return _finish(model, rows, made, taken)
     except BaseException:
         for name, mixture in mixed.items():
             _put(model, name, mixture)
         raise
-    return _finish(model, rows, made, taken, earlier)
 
 
 __all__ = ["MixedAttention", "mix_attention", "mixed_in", "settle_attention"]

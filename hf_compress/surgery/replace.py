@@ -339,16 +339,9 @@ def replace_attention(
             of these cases the model is unchanged.
     """
     budget = _check(layers, filter, count, macs, latency, batches, match_steps, learning_rate)
-    earlier = record_of(model) or Record()
     inputs = _inputs(model, example_inputs)
     chosen = _chosen_blocks(model, layers, inputs)
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
-        made = {
-            name: filtered_from(model.get_submodule(name), filter, block.grid, block.prefix)
-            for name, (block, _) in chosen.items()
-        }
+    made = _made(model, chosen, filter, seed)
     rows = {name: ReplacedBlock(block, filter) for name, (block, _) in chosen.items()}
     need = 0.0
     if budget is not None:
@@ -360,7 +353,7 @@ def replace_attention(
         if budget is not None:
             rows = _with_losses(model, made, rows, held, loss or loss_of)
     taken = list(made) if budget is None else _choose(rows, budget, need)
-    return _finish(model, rows, made, taken, earlier)
+    return _finish(model, rows, made, taken)
 
 
 def _chosen_blocks(
@@ -387,6 +380,19 @@ def _chosen_blocks(
     return {block.name: (block, call) for block, call in watched if block.name in wanted}
 
 
+def _made(
+    model: nn.Module, chosen: Mapping[str, tuple[AttentionBlock, Call]], filter: Filter, seed: int
+) -> dict[str, FilteredTokens]:
+    """A filter for every chosen block, with first weights; the random state is left as it was."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        return {
+            name: filtered_from(model.get_submodule(name), filter, block.grid, block.prefix)
+            for name, (block, _) in chosen.items()
+        }
+
+
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     holder, _, last = name.rpartition(".")
     model.get_submodule(holder)._modules[last] = module
@@ -397,9 +403,9 @@ def _finish(
     rows: Mapping[str, ReplacedBlock],
     made: Mapping[str, FilteredTokens],
     taken: Sequence[str],
-    earlier: Record,
 ) -> nn.Module:
     """Put the filters of the blocks that are taken in their places, and let the model remember it."""
+    earlier = record_of(model) or Record()
     for name in taken:
         _put(model, name, made[name].train(model.get_submodule(name).training))
     filtered = {name: (made[name].filter, rows[name].block.grid, rows[name].block.prefix) for name in taken}
