@@ -92,7 +92,7 @@ class WeightGroups:
         names = dict.fromkeys(member.parameter for _, members in kept for member in members)
         # matrices first, then other parameters of several dimensions, then vectors, so that most steps take one operation
         self.names = sorted(names, key=lambda name: (not _is_matrix(name, modules), parameters[name].dim() == 1))
-        self.parameters = [parameters[name] for name in self.names]
+        self.parameters: list[Tensor] = [parameters[name] for name in self.names]
         self.shapes = [parameter.shape for parameter in self.parameters]
         self.lengths = [parameter.numel() for parameter in self.parameters]
         self.length = sum(self.lengths)
@@ -166,7 +166,7 @@ class WeightGroups:
     def read(self, out: Tensor | None = None) -> Tensor:
         """All entries, [length], in :attr:`dtype`; into ``out`` if given. Collective when parameters are sharded."""
         out = torch.empty(self.length, dtype=self.dtype, device=self.device) if out is None else out
-        torch._foreach_copy_(self.views(out), [*self._whole()])
+        torch._foreach_copy_(self.views(out), self._whole())
         return out
 
     def write(self, flat: Tensor) -> None:
@@ -279,7 +279,7 @@ class WeightGroups:
         end = start + sum(self.lengths[first.parameter : last.parameter + 1])
         return flat[start:end].view(1, last.end - first.start, -1)
 
-    def _whole(self) -> Sequence[Tensor]:
+    def _whole(self) -> list[Tensor]:
         if self._is_plain:
             return self.parameters  # used without gradients only
         return [_whole(parameter.detach()).to(self.device, self.dtype) for parameter in self.parameters]

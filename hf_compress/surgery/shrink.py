@@ -27,6 +27,7 @@ from .skeleton import (
     child_name,
     derived_attributes,
     derived_changes,
+    group_count,
     local_shapes,
     named_tensors,
     record_of,
@@ -216,9 +217,9 @@ def _cut(model: nn.Module, plan: Plan, axes: AxisGraph, new_biases: Sequence[str
             settings.append((law.module, law.name, with_item_type(held, changed)))
     for path in sorted({name.rpartition(".")[0] for name in shapes} | set(attributes)):
         module = modules[path]
-        groups = getattr(module, "groups", 1)
+        groups = group_count(module)
         derived: dict[str, int | Shape] = {}
-        if type(groups) is int:  # a subclass may use the name for something else
+        if groups is not None:
             now = attributes.get(path, {}).get("groups", groups)
             derived = derived_changes(
                 module,

@@ -586,13 +586,19 @@ def followers(shapes: Mapping[str, Shape], derived: Mapping[str, int | Shape]) -
     return {name: whole for name in ("bias", "running_mean", "running_var") if name in shapes}
 
 
+def group_count(module: nn.Module) -> int | None:
+    """Number of groups of a layer, 1 where it has none; None where a subclass uses the name for something else."""
+    groups = vars(module).get("groups", 1)
+    return groups if type(groups) is int else None
+
+
 def without_followers(model: nn.Module, record: Record) -> Record:
     """The same record of a model without the entries that follow from others."""
     modules = modules_by_path(model)
     shapes = dict(record.shapes)
     for path in [path for path, _, own in (name.rpartition(".") for name in record.shapes) if own == "weight"]:
-        own, groups = local_shapes(modules[path]), getattr(modules[path], "groups", 1)
-        derived = derived_attributes(modules[path], own, groups if type(groups) is int else 1)
+        own = local_shapes(modules[path])
+        derived = derived_attributes(modules[path], own, group_count(modules[path]) or 1)
         for name, shape in followers(own, derived).items():
             if own[name] == shape:
                 shapes.pop(child_name(path, name), None)
@@ -872,10 +878,10 @@ class _Layer:
         self.old = local_shapes(module)
         self.prefix = f"{path}." if path else ""
         self.given = given
-        groups = vars(module).get("groups", 1)
-        self.is_standard = type(groups) is int  # a subclass may use the name for something else
-        self.groups = groups if self.is_standard else 1
-        self.new_groups = given.get((id(module), "groups"), groups) if self.is_standard else 1
+        count = group_count(module)
+        self.is_standard = count is not None
+        self.groups = 1 if count is None else count
+        self.new_groups = given.get((id(module), "groups"), count) if self.is_standard else 1
         self.was = derived_attributes(module, self.old, self.groups)
 
     def following(self, weight: Shape) -> dict[str, Shape]:
