@@ -76,8 +76,11 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
 
     The model keeps its layers while it trains. Before the forward pass of every ``period``-th optimizer step (the first
     included), the singular values of every target that carry the least energy are set to zero; the gradient is taken at
-    the truncated weights and the optimizer steps from them. Momentum is left alone, as in the authors' code. After
-    training, :meth:`ranks` says which ranks the energy rule keeps, and ``factorize`` replaces the layers.
+    the truncated weights and the optimizer steps from them. Momentum is left alone, as in the authors' code. At the end
+    of training, what the steps since the last truncation have added to its ranks is taken away, as long as that is within
+    ``energy``; so the weights are of low rank to the last digit, and ``factorize`` finds ranks that lose nothing. (The
+    authors' code leaves the weights where the last step put them, and the paper does not say how it truncates at the end.)
+    :meth:`ranks` says which ranks the energy rule would keep.
 
     Steps are counted where the optimizer really stepped: the batches of an accumulation are one, and a step that fp16's
     loss scaler skipped is none, so weights are never truncated twice without a step between.
@@ -106,6 +109,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
     Attributes:
         targets_: names of the layers acted on, from the start of training on.
         steps_: optimizer steps taken.
+        ranks_: layer -> rank that the last truncation kept; for several matrices the largest.
         axis_metrics_: what was last logged for single layers: "rank/NAME".
 
     Raises:
@@ -118,6 +122,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
     targets_: tuple[str, ...] = ()
     steps_: int = 0
     truncated_at_: int = -1
+    ranks_: dict[str, int]
     axis_metrics_: dict[str, float]
 
     def __init__(
@@ -138,6 +143,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
         self.nuclear_steps = nuclear_steps
         self.targets = targets
         self.exclude = exclude
+        self.ranks_ = {}
         self._layers: list[_Layer] = []
         self._subgradients: list[Tensor] | None = None
         self._metrics: dict[str, float] = {}
@@ -208,7 +214,10 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _unregister(trained_model(kwargs), self._layers)
+        model: nn.Module = trained_model(kwargs)
+        if self._layers and self.ranks_ and self.steps_ != self.truncated_at_:
+            self._truncate(model)
+        _unregister(model, self._layers)
         self._layers, self._subgradients = [], None  # they hold the parameters
 
     # -- results --------------------------------------------------------------------------------------------------
@@ -254,15 +263,19 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
         if self.targets is not None:
             arguments["targets"] = _names(self.targets)
         arguments["exclude"] = _names(self.exclude)
-        taken = {"steps_": self.steps_, "truncated_at_": self.truncated_at_}
+        taken = {"steps_": self.steps_, "truncated_at_": self.truncated_at_, "ranks_": self.ranks_}
         return {"args": arguments, "attributes": taken if self.truncated_at_ >= 0 else {}}
 
     # -- one truncation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _truncate(self, model: nn.Module, optimizer: Any) -> None:
-        """Replace the weights by their truncation, and find the subgradients there."""
-        layers = self._layers
+    def _truncate(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Replace the weights by their truncation, and find the subgradients there.
+
+        Without an optimizer it is the last one: to the ranks of the one before, unless that would lose more than the
+        energy rule allows (``load_best_model_at_end`` may have brought weights of higher rank), and without subgradients.
+        """
+        layers, is_last = self._layers, optimizer is None
         device = layers[0].weight.device
         # per layer: rank, nuclear norm, largest singular value
         facts = torch.zeros(len(layers), 3, dtype=torch.float64, device=device)
@@ -274,11 +287,11 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
             for batch in _batches(share):
                 matrices = torch.cat([layer.matrices() for layer in batch])
                 if process == own:
-                    truncated, directions, facts_of_batch = self._decomposed(matrices, batch)
+                    truncated, directions, facts_of_batch = self._decomposed(matrices, batch, is_last)
                     facts[[place[layer.name] for layer in batch]] = facts_of_batch.to(device)
                 else:
                     truncated = torch.empty_like(matrices)
-                    directions = torch.empty_like(matrices) if self.nuclear else None
+                    directions = torch.empty_like(matrices) if self.nuclear and not is_last else None
                 for tensor in (truncated, directions):
                     if processes > 1 and tensor is not None:
                         torch.distributed.broadcast(tensor, src=process)
@@ -288,6 +301,8 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
                     _local(layer.weight.detach()).copy_(_as(weight, layer.weight))
                     if directions is not None:
                         subgradients[place[layer.name]] = layer.folded(directions[part]).to(layer.weight.dtype)
+        if is_last:
+            return
         if processes > 1:
             torch.distributed.all_reduce(facts)
         self._note(facts.tolist(), optimizer)
@@ -296,11 +311,13 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
             if self._needs_buffer:
                 _buffer(model, layers).copy_(torch.cat([tensor.flatten().to(device) for tensor in self._subgradients]))
 
-    def _decomposed(self, matrices: Tensor, batch: list[_Layer]) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _decomposed(self, matrices: Tensor, batch: list[_Layer], is_last: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """The truncated matrices, the subgradients of the nuclear norm, and per layer what _truncate collects."""
         names = [layer.name for layer in batch for _ in range(len(matrices) // len(batch))]
-        u, s, vh = svd(matrices, method=self._method(batch, self.energy), names=names)
+        u, s, vh = svd(matrices, method="gram64" if is_last else self._method(batch, self.energy), names=names)
         ranks = rank_for_energy(s, self.energy)
+        if is_last:
+            ranks = torch.maximum(ranks, torch.tensor([self.ranks_[name] for name in names], device=ranks.device))
         lowest, highest = int(ranks.min()), int(ranks.max())
         kept = torch.arange(s.shape[-1], device=s.device) < ranks[:, None]
         # From the side with fewer components. Where nothing is dropped, the weights stay as they are to the last bit.
@@ -308,7 +325,8 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
         span = slice(lowest, None) if from_rest else slice(highest)
         part = u[..., span] * (~kept if from_rest else kept)[:, None, span] @ (s[:, span, None] * vh[:, span])
         truncated = matrices - part if from_rest else part
-        directions = (u[..., :highest] * kept[:, None, :highest]) @ vh[:, :highest] if self.nuclear else None
+        wants_directions = self.nuclear and not is_last
+        directions = (u[..., :highest] * kept[:, None, :highest]) @ vh[:, :highest] if wants_directions else None
         nuclear_norms = (s * kept).double()
         facts = torch.stack(
             [
@@ -333,6 +351,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
                     f"{largest:.2g}, and one step of the penalty takes away {step:.2g}. Lower nuclear, or leave the layer "
                     "out with exclude=."
                 )
+        self.ranks_ = {layer.name: int(rank) for layer, (rank, _, _) in zip(self._layers, facts, strict=True)}
         self.axis_metrics_ = {
             f"rank/{layer.name}": rank for layer, (rank, _, _) in zip(self._layers, facts, strict=True)
         }
@@ -397,7 +416,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
 
     def _restore_count(self, state: TrainerState) -> None:
         """Take up the count of steps from the checkpoint that the training goes on from."""
-        self.steps_, self.truncated_at_ = state.global_step, -1
+        self.steps_, self.truncated_at_, self.ranks_ = state.global_step, -1, {}
         if state.global_step == 0:
             return
         stored = (getattr(state, "stateful_callbacks", None) or {}).get(type(self).__name__, [])
@@ -407,7 +426,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
         # that the loss scaler skipped, a checkpoint keeps the truncated weights but not the subgradient that waited.
         for entry in [*entries[-1:], *[entry for entry in entries if entry["args"] == own]][-1:]:
             for name, value in entry["attributes"].items():
-                setattr(self, name, int(value))
+                setattr(self, name, value)
 
     def _restore_subgradients(self, model: nn.Module) -> None:
         stored = model._buffers.get(_name(self._layers))

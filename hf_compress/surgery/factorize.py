@@ -36,7 +36,7 @@ from hf_compress.errors import BudgetError, MethodError, ModelError, NothingToSh
 from .decomposition import DECOMPOSABLE, SCHEMES, Scheme, can_decompose, check_scheme, factors, full_rank
 from .factorized import Factorized, dims_of_first, factorized_in, factorized_shell
 from .importance import Batches
-from .low_rank import energies, input_moments, low_rank_weight, output_error, shares_lost
+from .low_rank import energies, input_moments, low_rank_weight, numerical_rank, output_error, shares_lost
 from .rank_selection import Options, cheapest, choose
 from .select import Budget, budget_limits
 from .shrink import attach_record
@@ -117,7 +117,9 @@ def factorize(
     """Put linear layers and convolutions in two factors, in place, where that saves multiply-accumulates.
 
     With a budget, schemes, ranks and which layers are left alone are one solution for the whole model
-    (:mod:`.rank_selection`). With ``energy`` alone every layer takes the scheme and rank with the fewest MACs that lose no
+    (:mod:`.rank_selection`). A weight that is of low rank already, as after trained rank pruning, gets no higher one than it
+    has, and is put in factors also where the budget could be met without: the result can be smaller than the budget
+    asks for. With ``energy`` alone every layer takes the scheme and rank with the fewest MACs that lose no
     more. Schemes, and what is exact when: :mod:`.decomposition`.
 
     The rank is an axis like any other afterwards: ``find_axes`` finds it, ``prune`` and ``select`` weigh it against
@@ -323,6 +325,8 @@ def _obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, s
             found[path] = "checkpoints hold its weight in one tensor with others"
         elif all(can_decompose(layer, scheme) for scheme in SCHEMES):
             found[path] = "its matrices have rank 1"
+        elif not bool(layer.weight.any()):  # type: ignore[operator]
+            found[path] = "its weight is zero, and two factors of zeros do not train"
     return found
 
 
@@ -467,7 +471,9 @@ class _Candidate:
             shares = shares_lost(self.energy_of(scheme)).numpy()
             rank = np.arange(1, len(shares) + 1)
             cost = rank[:, None] * np.array(self.cost(scheme, 1))
-            kept = (cost[:, 0] < whole[0]) & (shares <= (1.0 if energy is None else energy))
+            held = numerical_rank(self.weight, scheme, self.groups, self.path)
+            shares[held - 1 :] = 0.0  # what rounding leaves behind would pay for ranks that hold nothing
+            kept = (cost[:, 0] < whole[0]) & (shares <= (1.0 if energy is None else energy)) & (rank <= held)
             ranks.append(rank[kept])
             costs.append(cost[kept])
             lost.append(shares[kept])

@@ -58,6 +58,22 @@ def shares_lost(energy: Tensor) -> Tensor:
     return dropped / total if total > 0 else torch.zeros_like(dropped)
 
 
+def numerical_rank(weight: Tensor, scheme: Scheme, groups: int, name: str = "") -> int:
+    """How many components of a weight are more than rounding, as ``torch.linalg.matrix_rank`` says it; at least 1.
+
+    A component counts where its singular value (the root of its energy, where a layer has several matrices) is above
+    ``max(m, n) * eps`` of the largest. ``eps`` is that of float32 for halves too: their own would call real components
+    rounding.
+
+    Args:
+        weight, scheme, groups, name: as for :func:`energies`.
+    """
+    energy = energies(weight, scheme, groups, name=name)
+    eps = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
+    longest = max(unfold(weight.detach(), scheme, groups).shape[-2:])
+    return max(1, int((energy > (longest * eps) ** 2 * energy[0]).sum()))
+
+
 def low_rank_weight(weight: Tensor, scheme: Scheme, groups: int, rank: int, moment: Tensor | None = None) -> Tensor:
     """The weight of the given rank that is closest, by weights or by outputs.
 

@@ -5,6 +5,7 @@ Maximised is the product over layers of the share of energy that their factors k
 knapsack: every layer contributes the lower convex hull of (cost, -log of the share kept) over all schemes and ranks, the
 layer itself included, and all segments of all hulls are taken in the order of their slopes until the budget is met. That
 is the Lagrangian solution, the best there is for the budget that it ends at; what then is left of the budget is filled.
+Segments that lose nothing come first, and are taken whatever the budget.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def _descend(tables: Sequence[Options], weight: np.ndarray, limits: np.ndarray) 
         for position, (before, after) in enumerate(zip(hull, hull[1:], strict=False)):
             slope = (losses[after] - losses[before]) / max(prices[before] - prices[after], 1e-300)
             steps.append((slope, number, position, after))
-    for _, number, _, entry in sorted(steps):
-        if (used <= limits).all():
+    for slope, number, _, entry in sorted(steps):
+        if slope > 0 and (used <= limits).all():  # what loses nothing is taken in any case
             break
         used += tables[number].costs[entry] - tables[number].costs[chosen[number]]
         chosen[number] = entry

@@ -22,6 +22,7 @@ from hf_compress.methods.trained_rank_pruning import TrainedRankPruningCallback
 from hf_compress.surgery import decomposition
 from hf_compress.surgery.decomposition import SCHEMES, fold, rank_for_energy, unfold
 from hf_compress.surgery.factorize import factorize, factorize_report
+from hf_compress.surgery.low_rank import numerical_rank
 
 
 class Convolutions(nn.Module):
@@ -54,26 +55,30 @@ def pruned(folder, callback, model=None, **options):
 
 
 def by_hand(names, scheme, energy, period, nuclear, *, every_step=False, steps=6, lr=0.1, momentum=0.0, clip=0.0):
-    """Equations 2 to 6 with LAPACK's decomposition, on the whole data as one batch."""
+    """Equations 2 to 6 with LAPACK's decomposition, on the whole data as one batch; and what is cut off at the end."""
     model = convolutions()
     modules = dict(model.named_modules())
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=momentum)
     items = [Images(6, 8)[i] for i in range(8)]
     pixels = torch.stack([item["pixel_values"] for item in items])
     labels = torch.tensor([item["labels"] for item in items])
-    added = {}
+    added, ranks = {}, {}
+
+    def truncate(name, lowest=1):
+        module = modules[name]
+        matrices = unfold(module.weight.detach(), scheme, getattr(module, "groups", 1))
+        u, s, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+        rank = rank_for_energy(s, energy).clamp(min=lowest)
+        kept = torch.arange(s.shape[-1]) < rank[..., None]
+        with torch.no_grad():
+            module.weight.copy_(fold((u * (s * kept)[..., None, :]) @ vh, module.weight.shape, scheme))
+        added[name] = fold((u * kept[..., None, :]) @ vh, module.weight.shape, scheme)
+        ranks[name] = int(rank.max())
+
     for t in range(steps):
         if t % period == 0:
             for name in names:
-                module = modules[name]
-                groups = getattr(module, "groups", 1)
-                matrices = unfold(module.weight.detach(), scheme, groups)
-                u, s, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
-                kept = torch.arange(s.shape[-1]) < rank_for_energy(s, energy)[..., None]
-                truncated = (u * (s * kept)[..., None, :]) @ vh
-                with torch.no_grad():
-                    module.weight.copy_(fold(truncated, module.weight.shape, scheme))
-                added[name] = fold((u * kept[..., None, :]) @ vh, module.weight.shape, scheme)
+                truncate(name)
         optimizer.zero_grad()
         model(pixels, labels)["loss"].backward()
         if clip:
@@ -81,6 +86,8 @@ def by_hand(names, scheme, energy, period, nuclear, *, every_step=False, steps=6
         for name in names if every_step or t % period == 0 else ():
             modules[name].weight.grad += nuclear * added[name]
         optimizer.step()
+    for name in names:
+        truncate(name, ranks[name])
     return weights(model)
 
 
@@ -136,6 +143,54 @@ def test_weights_have_low_rank_at_the_forward_pass_only_then(tmp_path):
     model.body.plain.register_forward_pre_hook(look)
     pruned(tmp_path, TrainedRankPruningCallback(0.2, 2), model, max_steps=5)
     assert all(rank < 8 for rank in ranks[::2]) and ranks[1::2] == [8, 8]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_end_at_the_ranks_of_the_last_truncation(scheme, tmp_path):
+    """To the last digit: factors of these ranks are found without being asked for, and change nothing."""
+    callback = TrainedRankPruningCallback(0.3, 4, scheme, targets=["body.plain", "body.hidden"])
+    model, _ = pruned(tmp_path, callback, max_steps=7)
+    assert callback.truncated_at_ == 4  # three steps went by since
+    layers = {name: model.get_submodule(name) for name in callback.targets_}
+    assert {name: numerical_rank(layer.weight, scheme, 1) for name, layer in layers.items()} == callback.ranks_
+    x = torch.randn(4, 3, 6, 6)
+    with torch.no_grad():
+        before = model.body(x)
+        factorize(
+            model, macs=1.0, scheme=scheme, targets=["body.plain", "body.hidden"], example_inputs={"pixel_values": x}
+        )
+        after = model.body(x)
+    report = factorize_report(model)
+    assert report.ranks and report.ranks.items() <= callback.ranks_.items()
+    assert all(layer.lost == 0 for layer in report.layers if layer.rank)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)  # rounding of float32
+
+
+def test_the_last_truncation_survives_a_checkpoint(tmp_path):
+    """The last one before the checkpoint is the last of the training as well."""
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 7}
+    whole, _ = pruned(tmp_path / "whole", TrainedRankPruningCallback(0.3, 6), **options)
+    callback = TrainedRankPruningCallback(0.3, 6)
+    model = convolutions()
+    trainer = make_trainer(model, [callback], tmp_path / "resumed", size=6, length=8, **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7"))
+    assert callback.ranks_ and largest_difference(weights(model), weights(whole)) == 0.0
+
+
+def test_the_end_loses_no_more_than_the_energy(tmp_path):
+    """Where weights of a higher rank came back, as load_best_model_at_end may bring them."""
+
+    class BringsBack(transformers.TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            model.load_state_dict(convolutions().state_dict())
+
+    callback = TrainedRankPruningCallback(0.1, 4, targets="body.plain")
+    model = convolutions()
+    trainer = make_trainer(model, [BringsBack(), callback], tmp_path, size=6, length=8, max_steps=6)
+    trainer.train()
+    whole, left = (unfold(m.body.plain.weight.detach().double(), "channel") for m in (convolutions(), model))
+    lost = (whole - left).square().sum() / whole.square().sum()
+    assert 0 < lost <= 0.1
 
 
 def test_factors_are_the_gradient_of_the_nuclear_norm(tmp_path):
@@ -423,7 +478,8 @@ def test_layers_of_one_shape_are_decomposed_together(tmp_path, monkeypatch):
     model, inputs = FAMILIES["vit"]()
     callback = TrainedRankPruningCallback(0.1, 10)
     make_trainer(model, [callback], tmp_path, size=inputs.shape[-1], max_steps=1).train()
-    assert len(calls) <= 3 < len(callback.targets_) == sum(shape[0] for shape in calls)
+    first, last = calls[: len(calls) // 2], calls[len(calls) // 2 :]  # before the step, and at the end
+    assert first == last and len(first) <= 3 < len(callback.targets_) == sum(shape[0] for shape in first)
 
 
 @pytest.mark.parametrize(

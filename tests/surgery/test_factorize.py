@@ -30,10 +30,17 @@ from hf_compress.models.pruned_vit import PrunedViTConfig
 from hf_compress.models.sidt import SidtConfig, SidtForObjectDetection
 from hf_compress.recipe.reload import in_own_memory
 from hf_compress.surgery import Record, apply_record, record_of
-from hf_compress.surgery.decomposition import SCHEMES, can_decompose, full_rank, rank_for_energy
+from hf_compress.surgery.decomposition import SCHEMES, can_decompose, fold, full_rank, rank_for_energy, unfold
 from hf_compress.surgery.factorize import FactorizeReport, factorize, factorize_report
 from hf_compress.surgery.factorized import Factorized, factorized_in
-from hf_compress.surgery.low_rank import energies, input_moments, low_rank_weight, output_error, shares_lost
+from hf_compress.surgery.low_rank import (
+    energies,
+    input_moments,
+    low_rank_weight,
+    numerical_rank,
+    output_error,
+    shares_lost,
+)
 from hf_compress.surgery.rank_selection import Options, choose
 from hf_compress.surgery.shrink import attach_record
 
@@ -219,6 +226,35 @@ def test_small_problems_are_solved_almost_optimally() -> None:
         assert loss >= min(every) - 1e-12
         worst = max(worst, loss - min(every))
     assert worst < 1.0  # four layers are few, so one step is coarse; the sum of the losses is about 3
+
+
+def test_ranks_that_hold_nothing_are_not_paid_for() -> None:
+    """A weight of rank 3 gets rank 3, whatever the budget has left; the others keep what the budget gives them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 40, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(40, 3) @ torch.randn(3, 40))
+        model[2].weight.zero_()  # which says nothing of the rank it needs
+    x = torch.randn(5, 40)
+    before = model[:2](x)
+    factorize(model, macs=1.0, example_inputs=x)
+    assert factorize_report(model).ranks == {"0": 3}
+    layers = {layer.name: layer for layer in factorize_report(model).layers}
+    assert layers["0"].lost == 0 and "is zero" in layers["2"].reason
+    torch.testing.assert_close(model[:2](x), before, rtol=1e-5, atol=1e-5)  # rounding of float32, logits of size 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_numerical_rank(scheme: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    shape = (16, 12, 3, 3)
+    matrices = unfold(torch.randn(shape, dtype=torch.float64), scheme)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    low = fold((left[..., :4] * values[..., None, :4]) @ right[..., :4, :], shape, scheme).to(dtype)
+    # halves round by more than float32's resolution, so that all components are there
+    assert numerical_rank(low, scheme, 1) == (4 if dtype in (torch.float64, torch.float32) else values.shape[-1])
+    assert numerical_rank(torch.zeros(shape, dtype=dtype), scheme, 1) == 1
 
 
 def test_global_choice_keeps_more_than_equal_shares() -> None:
