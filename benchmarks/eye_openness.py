@@ -5,17 +5,19 @@ labelled open or closed, and tested on the degree in style "b", mild and under a
 
 - ``a_only``: no weak labels;
 - ``bce``: weak labels as targets of a cross-entropy, the naive use of them;
-- ``interval``: the interval hinge; ``plain``: the same without augmentation;
+- ``interval``: the interval hinge; ``plain`` and ``strong``: the same without augmentation and with all of it;
+- ``long``: the interval hinge, four times as many steps;
 - ``adversarial``: the interval hinge and a domain head behind a gradient reversal;
 - ``reference``: trained on style "b" with exact labels, except between 0.12 and 0.45, where weak labels have nothing either;
 - ``ear``: no network: the eye aspect ratio from true landmarks with noise, scaled to openness on style "a".
 
-All trainings of one seed have the same initial weights, steps, schedule and eyes. The ladder takes the model of ``interval``
-under the mild shift to a quarter of its MACs, to weights of 4 bits, and to int8 in ONNX Runtime. Finished rows stay in a
+All trainings of one seed have the same initial weights, steps (but for ``long``), schedule and eyes. The strength of the
+augmentation is the one that was best in the style of the exact labels. The ladder takes the model of ``long`` under the mild
+shift to a quarter of its MACs, to weights of 4 bits, and to int8 in ONNX Runtime. Finished rows stay in a
 JSON-lines file, so a run that was killed goes on; trained models are kept beside it, under ``runs/``.
 
     python benchmarks/eye_openness.py              # three seeds, both shifts, the ladder
-    python benchmarks/eye_openness.py --seeds 0 --shifts mild --only interval ladder
+    python benchmarks/eye_openness.py --seeds 0 --shifts mild --only long ladder
     python benchmarks/eye_openness.py --plot-only  # tables again from what is finished
     python benchmarks/eye_openness.py --quick      # everything once at a toy size: does it run?
 """
@@ -31,7 +33,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,36 @@ from hf_compress.methods.quantization_aware_training import QuantizationAwareTra
 from hf_compress.models.eye_openness import EyeOpennessConfig, EyeOpennessForRegression, ReversalSchedule
 
 HERE = Path(__file__).resolve().parent
-METHODS = ("a_only", "bce", "interval", "plain", "adversarial", "reference")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training, a row of the tables.
+
+    Attributes:
+        settings: of the configuration.
+        exact, weak: which style has exact labels, and whether there are weak ones.
+        augment: strength of the augmentation.
+        length: so many times the steps.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    exact: str = "a"
+    weak: bool = True
+    augment: float = 0.4
+    length: int = 1
+
+
+METHODS = {
+    "a_only": Method(weak=False),
+    "bce": Method({"weak_objective": "bce", "loss_weights": {"weak": 0.1}}),
+    "interval": Method(),
+    "plain": Method(augment=0.0),
+    "strong": Method(augment=1.0),
+    "adversarial": Method({"num_domains": 2, "loss_weights": {"domain": 0.05}}),
+    "reference": Method(exact="b", weak=False),
+    "long": Method(length=4),
+}
 SHIFTS = ("mild", "hard")
 LADDER = ("float", "quarter", "quarter, 4-bit", "int8", "quarter, int8")
 NOISES = (0.0, 0.5, 1.0)  # standard deviation of landmarks, pixels of a crop 48 wide
@@ -173,11 +204,9 @@ class Batches(Dataset[dict[str, Tensor]]):
     two trainings with one seed see the same.
     """
 
-    def __init__(
-        self, exact: Eyes | None, weak: Eyes | None, items: int, seed: int, augment: bool, exact_domain: int = 0
-    ):
+    def __init__(self, exact: Eyes, weak: Eyes | None, items: int, seed: int, augment: float, exact_domain: int = 0):
         self.exact, self.weak, self.items, self.exact_domain = exact, weak, items, exact_domain
-        self.augmentation = EyeAugmentation() if augment else None
+        self.augmentation = EyeAugmentation().times(augment) if augment else None
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -214,23 +243,17 @@ def as_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 # -- training -------------------------------------------------------------------------------------------------------
 
 
-def build(protocol: Protocol, method: str, seed: int) -> EyeOpennessForRegression:
-    settings: dict[str, Any] = {}
-    if method == "bce":
-        settings = {"weak_objective": "bce", "loss_weights": {"weak": 0.1}}
-    elif method == "adversarial":
-        settings = {"num_domains": 2, "loss_weights": {"domain": 0.05}}
+def build(protocol: Protocol, method: Method, seed: int) -> EyeOpennessForRegression:
     torch.manual_seed(seed)
-    return EyeOpennessForRegression(EyeOpennessConfig(backbone=protocol.backbone, **settings))
+    return EyeOpennessForRegression(EyeOpennessConfig(backbone=protocol.backbone, **method.settings))
 
 
-def batches(data: Data, method: str, shift: str, steps: int, seed: int) -> Batches:
-    protocol = data.protocol
-    items = steps * protocol.batch
-    if method == "reference":
-        return Batches(data.weak(shift), None, items, seed, True, exact_domain=1)
-    weak = None if method == "a_only" else data.weak(shift)
-    return Batches(data.synthetic(), weak, items, seed, method != "plain")
+def batches(data: Data, method: Method, shift: str, steps: int, seed: int) -> Batches:
+    items = steps * data.protocol.batch
+    weak = data.weak(shift) if method.weak else None
+    if method.exact == "b":
+        return Batches(data.weak(shift), weak, items, seed, method.augment, exact_domain=1)
+    return Batches(data.synthetic(), weak, items, seed, method.augment)
 
 
 def train(
@@ -318,7 +341,7 @@ def aspect_ratio(data: Data, shift: str, noise: float, seed: int) -> Record:
 def ladder(data: Data, folder: Path, seed: int, bf16: bool) -> list[Record]:
     """From the trained model to a quarter of its MACs, 4 bits and int8; every step with its figures, bytes and times."""
     protocol, shift = data.protocol, "mild"
-    dense = EyeOpennessForRegression.from_pretrained(folder / f"interval-{shift}-{seed}").eval()
+    dense = EyeOpennessForRegression.from_pretrained(folder / f"long-{shift}-{seed}").eval()
     pixels = data.test(shift).pixels[:64].float() / 255
     calibration = [part.float() / 255 for part in data.weak(shift).pixels[:256].split(32)]
     calibration += [part.float() / 255 for part in data.synthetic().pixels[:256].split(32)]
@@ -340,10 +363,10 @@ def ladder(data: Data, folder: Path, seed: int, bf16: bool) -> list[Record]:
 
         macs = find_axes(dense).macs
         add("float", dense, export_onnx(dense, place / "float.onnx"), saved(dense, "float"), macs)
-        small = EyeOpennessForRegression.from_pretrained(folder / f"interval-{shift}-{seed}")
+        small = EyeOpennessForRegression.from_pretrained(folder / f"long-{shift}-{seed}")
         axes = find_axes(small)
         shrink(small, select(axes, magnitude_scores(small, axes), macs=0.25), axes=axes)
-        more = batches(data, "interval", shift, protocol.finetune, seed + 100)
+        more = batches(data, METHODS["interval"], shift, protocol.finetune, seed + 100)
         train(small, more, protocol, seed, protocol.learning_rate / 2, bf16)
         fewer = find_axes(small).macs
         add("quarter", small, export_onnx(small, place / "quarter.onnx"), saved(small, "quarter"), fewer)
@@ -352,7 +375,7 @@ def ladder(data: Data, folder: Path, seed: int, bf16: bool) -> list[Record]:
             add(name, None, file, file.stat().st_size, cost)
         again = EyeOpennessForRegression.from_pretrained(place / "quarter")
         callback = QuantizationAwareTrainingCallback(weights=4)
-        more = batches(data, "interval", shift, protocol.finetune, seed + 200)
+        more = batches(data, METHODS["interval"], shift, protocol.finetune, seed + 200)
         train(again, more, protocol, seed, protocol.learning_rate / 8, bf16, [callback])
         add("quarter, 4-bit", again, None, saved(again, "4-bit"), fewer)
         direct = quantize(
@@ -406,21 +429,21 @@ def run(
 
     for seed in seeds:
         for shift in shifts:
-            for method in METHODS:
-                if method not in only or (method, shift, seed) in finished():
+            for name, method in METHODS.items():
+                if name not in only or (name, shift, seed) in finished():
                     continue
                 started = time.process_time()
                 model = build(data.protocol, method, seed)
-                stream = batches(data, method, shift, data.protocol.steps, seed)
+                stream = batches(data, method, shift, method.length * data.protocol.steps, seed)
                 train(model, stream, data.protocol, seed, data.protocol.learning_rate, bf16)
-                if method == "interval":
-                    model.save_pretrained(folder / f"interval-{shift}-{seed}")
-                keep(method, shift, seed, started, [figures(of_model(model), data, shift)])
+                if name == "long":
+                    model.save_pretrained(folder / f"long-{shift}-{seed}")
+                keep(name, shift, seed, started, [figures(of_model(model), data, shift)])
             for noise in NOISES:
                 if "ear" in only and (f"ear {noise:g}", shift, seed) not in finished():
                     started = time.process_time()
                     keep(f"ear {noise:g}", shift, seed, started, [aspect_ratio(data, shift, noise, seed)])
-        has_model = (folder / f"interval-mild-{seed}").is_dir()
+        has_model = (folder / f"long-mild-{seed}").is_dir()
         if "ladder" in only and has_model and ("ladder", "mild", seed) not in finished():
             started = time.process_time()
             keep("ladder", "mild", seed, started, ladder(data, folder, seed, bf16))

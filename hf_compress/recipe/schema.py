@@ -113,7 +113,8 @@ class EyesSection(Section):
         shift: ``mild``, or ``hard`` for a coarse, grey, noisy camera in the other style.
         closed_share: of ``weak``.
         seed: other eyes; does not follow the recipe's seed.
-        augment: whether training crops are moved, turned and changed as by other cameras.
+        augment: how much training crops are moved, turned and changed as by other cameras, 0 (not at all) to 1; 1 is for
+            long trainings.
     """
 
     train: Positive = 20_480
@@ -124,7 +125,7 @@ class EyesSection(Section):
     shift: Literal["mild", "hard"] = "mild"
     closed_share: Share = 0.4
     seed: Annotated[int, Field(ge=0)] = 0
-    augment: bool = True
+    augment: Annotated[float, Field(ge=0, le=1)] = 0.4
 
 
 class DataSection(Section):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .data import ImageSplit, RawData, load_data
-from .schema import Recipe
+from .schema import EyesSection, Recipe
 
 if TYPE_CHECKING:
     from .preparation import Prepared
@@ -340,8 +340,8 @@ class EyeOpenness(Task):
         from ..data.eyes.augmentation import EyeAugmentation
         from .eye_data import EyeSplit
 
-        is_augmented = recipe.data.eyes is None or recipe.data.eyes.augment
-        return EyeSplit(data.train, processor, EyeAugmentation() if is_augmented else None, seed)
+        strength = (recipe.data.eyes or EyesSection()).augment
+        return EyeSplit(data.train, processor, EyeAugmentation().times(strength) if strength else None, seed)
 
     def new_processor(self, model: Any, **settings: Any) -> Any:
         from ..models.eye_openness import EyeOpennessImageProcessor

@@ -18,6 +18,7 @@ from hf_compress.data.eyes.augmentation import EyeAugmentation
 from hf_compress.errors import DataError, RecipeError
 from hf_compress.models.eye_openness import EyeOpennessImageProcessor
 from hf_compress.recipe.eye_data import EyeSplit, RawEyes, load_eye_data
+from hf_compress.recipe.tasks import EyeOpenness
 
 RECIPE: dict[str, Any] = {
     "name": "eyes",
@@ -105,6 +106,30 @@ def test_augmentation_is_the_same_again_and_other_in_the_next_epoch() -> None:
     pixels = split.pixels(4)
     # the gamma is exactly 1 and every blend has weight 0; powers and products round
     torch.testing.assert_close(nothing(pixels, torch.Generator()), pixels, atol=1e-6, rtol=0)
+
+
+def test_a_weaker_augmentation_changes_less() -> None:
+    """Same draws at half the strength; what is mirrored stays the same."""
+    pixels = EyeSplit(load_eye_data(load_recipe(recipe())).train, EyeOpennessImageProcessor()).pixels(32)
+    still = EyeAugmentation(flip=0.0)
+    changes = [
+        (still.times(strength)(pixels, torch.Generator().manual_seed(0)) - pixels).abs().mean()
+        for strength in (0.0, 0.2, 0.5, 1.0)
+    ]
+    assert changes[0] == 0 and changes == sorted(changes) and changes[1] < 0.5 * changes[3]
+    assert EyeAugmentation().times(0.3).flip == EyeAugmentation().flip
+    with pytest.raises(DataError, match="0 to 1"):
+        EyeAugmentation().times(1.5)
+
+
+@pytest.mark.parametrize(("given", "strength"), [({}, 0.4), ({"augment": 0}, None), ({"augment": 1}, 1.0)])
+def test_recipes_say_how_strong_the_augmentation_is(given: dict[str, float], strength: float | None) -> None:
+    wanted = recipe()
+    wanted["data"]["eyes"] |= given
+    loaded = load_recipe(wanted)
+    data = load_eye_data(loaded)
+    found = EyeOpenness().training_split(loaded, EyeOpennessImageProcessor(), data, 0).augmentation
+    assert found == (None if strength is None else EyeAugmentation().times(strength))
 
 
 def test_a_flip_alone_mirrors() -> None:

@@ -8,11 +8,13 @@ benchmark.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_compress.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,21 @@ class EyeAugmentation:
     noise: float = 0.06
     light: float = 0.3
     cover: float = 0.1
+
+    def times(self, strength: float) -> EyeAugmentation:
+        """Everything by this factor, but for the share that is mirrored.
+
+        The full strength is for long trainings; one of a few thousand steps is better with less (``benchmarks/``).
+
+        Args:
+            strength: 0 to 1.
+
+        Raises:
+            DataError: for another number.
+        """
+        if not 0 <= strength <= 1:
+            raise DataError(f"the strength of the augmentation is {strength}; give 0 to 1.")
+        return EyeAugmentation(**{**{k: v * strength for k, v in asdict(self).items()}, "flip": self.flip})
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Changed crops.
