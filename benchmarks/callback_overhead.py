@@ -67,34 +67,32 @@ class Case:
     """
 
     build: Callable[[], transformers.PreTrainedModel]
-    channels: int
-    image_size: int
-    batch: int
     methods: tuple[str, ...]
+    batch: int
     rounds: int
-    steps: int
+    steps: int = 2 * PERIOD
+    channels: int = 3
+    image_size: int = 32
 
 
 RANK = tuple(name for name in METHODS if name == "none" or "rank" in name or "nuclear" in name)
 SPARSE = ("none", "sparse groups, l0 + l2,1")
 CASES = {
-    "resnet-20": Case(lambda: resnet(16, (16, 32, 64), (3, 3, 3)), 3, 32, 64, tuple(METHODS), 15, 2 * PERIOD),
+    "resnet-20": Case(lambda: resnet(16, (16, 32, 64), (3, 3, 3)), methods=tuple(METHODS), batch=64, rounds=15),
     # 0.46 GMACs an image, like ResNet-18 on CIFAR; a quarter of ImageNet's
-    "resnet-18": Case(lambda: resnet(64, (64, 128, 256, 512), (2, 2, 2, 2)), 3, 112, 64, RANK, 3, 2 * PERIOD),
+    "resnet-18": Case(
+        lambda: resnet(64, (64, 128, 256, 512), (2, 2, 2, 2)), methods=RANK, image_size=112, batch=64, rounds=3
+    ),
     "lenet-5": Case(
-        lambda: LeNetForImageClassification(LeNetConfig(num_labels=10)), 1, 28, 128, SPARSE, 15, 2 * PERIOD
+        lambda: LeNetForImageClassification(LeNetConfig(num_labels=10)),
+        methods=SPARSE, channels=1, image_size=28, batch=128, rounds=15,
     ),
     # a quarter of the paper's batch of 128, so a share four times as high as there
     "wrn-28-10": Case(
         lambda: WideResNetForImageClassification(WideResNetConfig(depth=28, widen_factor=10, num_labels=10)),
-        3,
-        32,
-        32,
-        SPARSE,
-        3,
-        6,
+        methods=SPARSE, batch=32, rounds=3, steps=6,
     ),
-}
+}  # fmt: skip
 
 
 class Images(torch.utils.data.Dataset):
