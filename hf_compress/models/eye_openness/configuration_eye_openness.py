@@ -50,6 +50,9 @@ class EyeOpennessConfig(PreTrainedConfig):
         inference_domain: whose BatchNorm serves images without a ``domain_ids``; the last one when not given.
         closed_max, open_min: what a weak label says: closed is ``openness <= closed_max``, open is
             ``openness >= open_min``. Both are assumptions about annotators. Dossier: tau_c, tau_o.
+        interval_slack: how far beyond these a prediction may be before the interval hinge acts: about the error of the model.
+            With 0 it pulls whatever errs past a limit and nothing that errs within, which bends the scale: eyes near
+            ``closed_max`` come out too closed, eyes near ``open_min`` too open.
         weak_objective: ``interval`` (the hinge that knows these two numbers), ``link`` (a logistic link between openness
             and label, learnt), ``bce`` (openness as the probability of "open"; a control, it spoils the degree).
         link_kappa, link_theta: slope and place of the link, where ``open_probability`` is 0.5; starting values when learnt.
@@ -78,6 +81,7 @@ class EyeOpennessConfig(PreTrainedConfig):
     inference_domain: int | None = None
     closed_max: float | int = 0.12
     open_min: float | int = 0.45
+    interval_slack: float | int = 0.1
     weak_objective: str = "interval"
     link_kappa: float | int = 12.0
     link_theta: float | int = 0.28
@@ -118,6 +122,10 @@ class EyeOpennessConfig(PreTrainedConfig):
             "inference_domain": (0 <= self.inference_domain < self.num_domains, f"0 to {self.num_domains - 1}"),
             "closed_max": (0 <= self.closed_max < self.open_min, f"0 to open_min={self.open_min}"),
             "open_min": (self.open_min <= 1, "up to 1"),
+            "interval_slack": (
+                0 <= self.interval_slack < (self.open_min - self.closed_max) / 2,
+                f"0 to {(self.open_min - self.closed_max) / 2:g}, half of what is between closed_max and open_min",
+            ),
             "weak_objective": (self.weak_objective in WEAK_OBJECTIVES, " or ".join(WEAK_OBJECTIVES)),
             "link_kappa": (4 <= self.link_kappa <= 40, "4 to 40"),
             "link_theta": (0 < self.link_theta < 1, "between 0 and 1"),

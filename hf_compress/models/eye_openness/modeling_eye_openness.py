@@ -369,7 +369,8 @@ class EyeOpennessForRegression(EyeOpennessPreTrainedModel):
         if "eye_state" in labels:
             state = labels["eye_state"]
             if config.weak_objective == "interval":
-                limits = float(config.closed_max), float(config.open_min)
+                slack = float(config.interval_slack)
+                limits = float(config.closed_max) + slack, float(config.open_min) - slack
                 parts["weak"] = interval_loss(s, state, *limits, beta, weight)
             else:
                 logit = z if config.weak_objective == "bce" else self._open_logit(s, domain_ids)
