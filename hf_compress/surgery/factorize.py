@@ -471,7 +471,8 @@ class _Candidate:
             shares = shares_lost(self.energy_of(scheme)).numpy()
             rank = np.arange(1, len(shares) + 1)
             cost = rank[:, None] * np.array(self.cost(scheme, 1))
-            held = numerical_rank(self.weight, scheme, self.groups, self.path)
+            own = self.energy_of(scheme) if self.moment is None else None  # else it is the outputs'
+            held = numerical_rank(self.weight, scheme, self.groups, own)
             shares[held - 1 :] = 0.0  # what rounding leaves behind would pay for ranks that hold nothing
             kept = (cost[:, 0] < whole[0]) & (shares <= (1.0 if energy is None else energy)) & (rank <= held)
             ranks.append(rank[kept])

@@ -58,7 +58,7 @@ def shares_lost(energy: Tensor) -> Tensor:
     return dropped / total if total > 0 else torch.zeros_like(dropped)
 
 
-def numerical_rank(weight: Tensor, scheme: Scheme, groups: int, name: str = "") -> int:
+def numerical_rank(weight: Tensor, scheme: Scheme, groups: int, energy: Tensor | None = None) -> int:
     """How many components of a weight are more than rounding, as ``torch.linalg.matrix_rank`` says it; at least 1.
 
     A component counts where its singular value (the root of its energy, where a layer has several matrices) is above
@@ -66,9 +66,10 @@ def numerical_rank(weight: Tensor, scheme: Scheme, groups: int, name: str = "") 
     rounding.
 
     Args:
-        weight, scheme, groups, name: as for :func:`energies`.
+        weight, scheme, groups: as for :func:`energies`.
+        energy: of the weight, where it is known already.
     """
-    energy = energies(weight, scheme, groups, name=name)
+    energy = energies(weight, scheme, groups) if energy is None else energy
     eps = torch.finfo(torch.promote_types(weight.dtype, torch.float32)).eps
     longest = max(unfold(weight.detach(), scheme, groups).shape[-2:])
     return max(1, int((energy > (longest * eps) ** 2 * energy[0]).sum()))
