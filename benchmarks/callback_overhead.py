@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from records import write
 
 from hf_compress import GrowingRegularizationCallback, NetworkSlimmingCallback, ProximalSlimmingCallback
 from hf_compress.methods.sparse_group import SparseGroupCallback
@@ -214,9 +214,7 @@ def main() -> None:
             )
         sizes = {"image_size": case.image_size, "batch": case.batch, "rounds": rounds, "steps": steps}
         result[name] = {"rows": rows, **sizes}
-    beside = options.output.with_name(options.output.name + ".tmp")
-    beside.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(beside, options.output)
+        write(options.output, json.dumps(result, indent=2) + "\n")  # a later case may be killed
     print(f"written to {options.output}")
 
 

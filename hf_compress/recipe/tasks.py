@@ -349,9 +349,9 @@ class EyeOpenness(Task):
         return EyeOpennessImageProcessor(**settings)
 
     def callbacks(self, model: Any) -> list[Any]:
-        from ..models.eye_openness import ReversalSchedule
+        from ..models.eye_openness import DropDomainHead, ReversalSchedule
 
-        return [ReversalSchedule()] if model.config.loss_weights["domain"] > 0 else []
+        return [ReversalSchedule(), DropDomainHead()] if model.config.loss_weights["domain"] > 0 else []
 
     def evaluation(self, processor: Any) -> dict[str, Any]:
         from ..measurement.eye_openness import compute_openness_metrics, openness_alone

@@ -16,7 +16,7 @@ from PIL import Image
 from hf_compress import load_recipe, run_recipe
 from hf_compress.data.eyes.augmentation import EyeAugmentation
 from hf_compress.errors import DataError, RecipeError
-from hf_compress.models.eye_openness import EyeOpennessImageProcessor
+from hf_compress.models.eye_openness import EyeOpennessForRegression, EyeOpennessImageProcessor
 from hf_compress.recipe.eye_data import EyeSplit, RawEyes, load_eye_data
 from hf_compress.recipe.tasks import EyeOpenness
 
@@ -106,6 +106,17 @@ def test_augmentation_is_the_same_again_and_other_in_the_next_epoch() -> None:
     pixels = split.pixels(4)
     # the gamma is exactly 1 and every blend has weight 0; powers and products round
     torch.testing.assert_close(nothing(pixels, torch.Generator()), pixels, atol=1e-6, rtol=0)
+
+
+def test_the_domain_head_trains_and_is_gone(tmp_path: Path) -> None:
+    wanted = recipe(model={"config": {**RECIPE["model"]["config"], "num_domains": 2, "loss_weights": {"domain": 0.05}}})
+    result = run_recipe(wanted, output=tmp_path / "run")
+    first = EyeOpennessForRegression.from_pretrained(tmp_path / "run" / "stages" / "01-train" / "model")
+    start = EyeOpennessForRegression.from_pretrained(tmp_path / "run" / "stages" / "00-start" / "model")
+    assert any("domain" in name for name in start.state_dict())
+    for model in (first, EyeOpennessForRegression.from_pretrained(tmp_path / "run")):
+        assert not any("domain" in name for name in model.state_dict()) and model.config.loss_weights["domain"] == 0
+    assert result.metrics is not None and result.metrics["dense"]["params"] == first.num_parameters()
 
 
 def test_a_weaker_augmentation_changes_less() -> None:

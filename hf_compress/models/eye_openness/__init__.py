@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .configuration_eye_openness import EyeOpennessConfig
     from .image_processing_eye_openness import EyeOpennessImageProcessor
     from .modeling_eye_openness import (
+        DropDomainHead,
         EyeOpennessForRegression,
         EyeOpennessOutput,
         EyeOpennessPreTrainedModel,
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "DropDomainHead",
     "EyeOpennessConfig",
     "EyeOpennessForRegression",
     "EyeOpennessImageProcessor",

@@ -435,8 +435,16 @@ class ReversalSchedule(TrainerCallback):
         model.adversarial_strength = reversal_strength(state.global_step / max(state.max_steps, 1))
 
 
+class DropDomainHead(TrainerCallback):
+    """Take the domain head out of the model when training ends: it is for training alone, and would be saved."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.drop_domain_head()
+
+
 __all__ = [
     "DomainBatchNorm2d",
+    "DropDomainHead",
     "EyeOpennessForRegression",
     "EyeOpennessOutput",
     "EyeOpennessPreTrainedModel",
