@@ -115,6 +115,8 @@ class EyesSection(Section):
         seed: other eyes; does not follow the recipe's seed.
         augment: how much training crops are moved, turned and changed as by other cameras, 0 (not at all) to 1; 1 is for
             long trainings.
+        translate: up to this share of width and height training crops are moved; by ``augment`` when not given. Eyes that a
+            face detector finds need about 0.2, eyes whose places are known much less.
     """
 
     train: Positive = 20_480
@@ -126,6 +128,7 @@ class EyesSection(Section):
     closed_share: Share = 0.4
     seed: Annotated[int, Field(ge=0)] = 0
     augment: Annotated[float, Field(ge=0, le=1)] = 0.4
+    translate: Annotated[float, Field(ge=0, le=0.5)] | None = None
 
 
 class DataSection(Section):

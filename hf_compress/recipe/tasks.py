@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -340,8 +341,12 @@ class EyeOpenness(Task):
         from ..data.eyes.augmentation import EyeAugmentation
         from .eye_data import EyeSplit
 
-        strength = (recipe.data.eyes or EyesSection()).augment
-        return EyeSplit(data.train, processor, EyeAugmentation().times(strength) if strength else None, seed)
+        asked = recipe.data.eyes or EyesSection()
+        augmentation = EyeAugmentation().times(asked.augment)
+        if asked.translate is not None:
+            augmentation = replace(augmentation, translate=asked.translate)
+        is_still = not (asked.augment or asked.translate)
+        return EyeSplit(data.train, processor, None if is_still else augmentation, seed)
 
     def new_processor(self, model: Any, **settings: Any) -> Any:
         from ..models.eye_openness import EyeOpennessImageProcessor

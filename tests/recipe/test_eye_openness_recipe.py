@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +134,21 @@ def test_a_weaker_augmentation_changes_less() -> None:
         EyeAugmentation().times(1.5)
 
 
-@pytest.mark.parametrize(("given", "strength"), [({}, 0.4), ({"augment": 0}, None), ({"augment": 1}, 1.0)])
-def test_recipes_say_how_strong_the_augmentation_is(given: dict[str, float], strength: float | None) -> None:
-    wanted = recipe()
-    wanted["data"]["eyes"] |= given
-    loaded = load_recipe(wanted)
-    data = load_eye_data(loaded)
-    found = EyeOpenness().training_split(loaded, EyeOpennessImageProcessor(), data, 0).augmentation
-    assert found == (None if strength is None else EyeAugmentation().times(strength))
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, EyeAugmentation().times(0.4)),
+        ({"augment": 1}, EyeAugmentation()),
+        ({"augment": 0}, None),
+        ({"translate": 0.2}, replace(EyeAugmentation().times(0.4), translate=0.2)),
+        ({"augment": 0, "translate": 0.2}, replace(EyeAugmentation().times(0), translate=0.2)),
+    ],
+    ids=["default", "full", "none", "moved", "only moved"],
+)
+def test_recipes_say_how_strong_the_augmentation_is(given: dict[str, float], wanted: EyeAugmentation | None) -> None:
+    loaded = load_recipe(recipe(eyes=given))
+    split = EyeOpenness().training_split(loaded, EyeOpennessImageProcessor(), load_eye_data(loaded), 0)
+    assert split.augmentation == wanted
 
 
 def test_a_flip_alone_mirrors() -> None:
