@@ -118,14 +118,12 @@ TRP: tuple[Setting, ...] = ((0.02, 0.0), (0.05, 0.0), (0.1, 0.0))
 # The subgradient is added at every step. The paper's 3e-4 is for 164 epochs of CIFAR-10; this is 2 epochs, so the norm has
 # to pull the harder.
 TRP_NUCLEAR: tuple[Setting, ...] = ((0.02, 3e-3), (0.02, 1e-2), (0.05, 1e-3), (0.05, 3e-3), (0.1, 1e-3))
-# through Adam's normalisation, beside the small gradients of a transformer, the same strength weighs more
-TRP_NUCLEAR_VIT = (*TRP_NUCLEAR, (0.02, 1e-4), (0.05, 1e-5), (0.05, 3e-5), (0.05, 1e-4), (0.05, 3e-4), (0.1, 1e-4))
 # chosen in slimming_pareto for 50 % and 25 %
 SLIMMING: tuple[Setting, ...] = ((8e-4, 0.1), (3.2e-3, 0.1))
 METHODS = {
     "dense": Method("baseline", has_scheme=False),
     "trp": Method("TRP", grid={"resnet-20": TRP, "vit": TRP}),
-    "trp_nuclear": Method("TRP + nuclear", grid={"resnet-20": TRP_NUCLEAR, "vit": TRP_NUCLEAR_VIT}),
+    "trp_nuclear": Method("TRP + nuclear", grid={"resnet-20": TRP_NUCLEAR, "vit": TRP_NUCLEAR}),
     "svd": Method("plain training, SVD"),
     "data_aware": Method("plain training, data-aware SVD"),
     "slimming": Method("network slimming (channels)", ("resnet-20",), {"resnet-20": SLIMMING}, has_scheme=False),
