@@ -13,8 +13,9 @@ labelled open or closed, and tested on the degree in style "b", mild and under a
 
 All trainings of one seed have the same initial weights, steps, schedule and eyes. The strength of the augmentation was chosen
 by the error in the style of the exact labels, the slack on other eyes of the style of the test, with a seed that is not
-reported. The ladder takes the model of ``interval`` under the mild shift to a quarter of its MACs, to weights of 4 bits, and to int8 in ONNX Runtime. Finished rows stay in a
-JSON-lines file, so a run that was killed goes on; trained models are kept beside it, under ``runs/``.
+reported. The ladder takes the model of ``interval`` under the mild shift to a quarter of its MACs, to weights of 4 bits, and
+to int8 in ONNX Runtime. Finished rows stay in a JSON-lines file, so a run that was killed goes on; trained models are kept
+beside it, under ``runs/``.
 
     python benchmarks/eye_openness.py              # three seeds, both shifts, the ladder
     python benchmarks/eye_openness.py --seeds 0 --shifts mild --only interval ladder

@@ -273,7 +273,8 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
         """Replace the weights by their truncation, and find the subgradients there.
 
         Without an optimizer it is the last one: to the ranks of the one before, unless that would lose more than the
-        energy rule allows (``load_best_model_at_end`` may have brought weights of higher rank), and without subgradients.
+        energy rule allows (``load_best_model_at_end`` may have brought weights of higher rank). Nothing follows that would
+        need the subgradients or the metrics, so these stay those of the one before.
         """
         layers, is_last = self._layers, optimizer is None
         device = layers[0].weight.device
@@ -291,7 +292,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
                     facts[[place[layer.name] for layer in batch]] = facts_of_batch.to(device)
                 else:
                     truncated = torch.empty_like(matrices)
-                    directions = torch.empty_like(matrices) if self.nuclear and not is_last else None
+                    directions = torch.empty_like(matrices) if self.nuclear else None
                 for tensor in (truncated, directions):
                     if processes > 1 and tensor is not None:
                         torch.distributed.broadcast(tensor, src=process)
@@ -325,8 +326,7 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
         span = slice(lowest, None) if from_rest else slice(highest)
         part = u[..., span] * (~kept if from_rest else kept)[:, None, span] @ (s[:, span, None] * vh[:, span])
         truncated = matrices - part if from_rest else part
-        wants_directions = self.nuclear and not is_last
-        directions = (u[..., :highest] * kept[:, None, :highest]) @ vh[:, :highest] if wants_directions else None
+        directions = (u[..., :highest] * kept[:, None, :highest]) @ vh[:, :highest] if self.nuclear else None
         nuclear_norms = (s * kept).double()
         facts = torch.stack(
             [
@@ -352,10 +352,8 @@ class TrainedRankPruningCallback(TrainerCallback, ExportableState):
                     "out with exclude=."
                 )
         self.ranks_ = {layer.name: int(rank) for layer, (rank, _, _) in zip(self._layers, facts, strict=True)}
-        self.axis_metrics_ = {
-            f"rank/{layer.name}": rank for layer, (rank, _, _) in zip(self._layers, facts, strict=True)
-        }
-        shares = [rank / layer.full_rank for layer, (rank, _, _) in zip(self._layers, facts, strict=True)]
+        self.axis_metrics_ = {f"rank/{name}": float(rank) for name, rank in self.ranks_.items()}
+        shares = [self.ranks_[layer.name] / layer.full_rank for layer in self._layers]
         self._metrics = {"rank_share": sum(shares) / len(shares), "nuclear_norm": sum(norm for _, norm, _ in facts)}
 
     # -- inside ---------------------------------------------------------------------------------------------------

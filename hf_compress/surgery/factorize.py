@@ -303,6 +303,7 @@ def _obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, s
     for path, layer in layers.items():
         above = [modules[path.rsplit(".", i)[0]] for i in range(1, path.count(".") + 1)] + [model]
         own = [parameter for parameter in layer._parameters.values() if parameter is not None]
+        weight = layer._parameters.get("weight")
         hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
         torchs = [
             a for a in above if is_standard(a) and not isinstance(a, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
@@ -315,7 +316,7 @@ def _obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, s
             found[path] = f"a {type(layer).__name__} may do more than its base class"
         elif torchs:
             found[path] = f"torch's {type(torchs[0]).__name__} reads its weight"
-        elif type(layer._parameters.get("weight")) is not nn.Parameter:
+        elif weight is None or type(weight) is not nn.Parameter:
             found[path] = "its weight is no ordinary parameter"
         elif any(uses[id(parameter)] > 1 for parameter in own):
             found[path] = "a parameter is shared with another layer"
@@ -325,7 +326,7 @@ def _obstacles(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, s
             found[path] = "checkpoints hold its weight in one tensor with others"
         elif all(can_decompose(layer, scheme) for scheme in SCHEMES):
             found[path] = "its matrices have rank 1"
-        elif not bool(layer.weight.any()):  # type: ignore[operator]
+        elif not bool(weight.any()):
             found[path] = "its weight is zero, and two factors of zeros do not train"
     return found
 

@@ -13,10 +13,20 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, Trainer, TrainingArguments
 
-from hf_compress import HfCompressConfig, Plan, export_onnx, find_axes, prune, quantize, shrink
+from hf_compress import (
+    FeatureAffinityDistillation,
+    HfCompressConfig,
+    Plan,
+    export_onnx,
+    find_axes,
+    prune,
+    quantize,
+    shrink,
+)
 from hf_compress.errors import DataError, ModelError
 from hf_compress.export import onnx_difference
 from hf_compress.models.eye_openness import (
+    DropDomainHead,
     EyeOpennessConfig,
     EyeOpennessForRegression,
     EyeOpennessImageProcessor,
@@ -268,8 +278,8 @@ def test_exposure_cannot_matter() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"backbone": "huge"}, {"num_eyes": 3}, {"closed_max": 0.5}, {"interval_slack": 0.17}, {"weak_objective": "hope"}, {"num_domains": 0},
-        {"loss_weights": {"luck": 1.0}}, {"inference_domain": 1}, {"image_size": 2}, {"dropout": 1.0},
+        {"backbone": "huge"}, {"num_eyes": 3}, {"closed_max": 0.5}, {"weak_objective": "hope"}, {"num_domains": 0},
+        {"interval_slack": 0.17}, {"loss_weights": {"luck": 1.0}}, {"inference_domain": 1}, {"image_size": 2}, {"dropout": 1.0},
         {"backbone": "timm/resnet18", "domain_batch_norm": True},
         {"backbone": "timm/no_such_network"}, {"backbone": "timm/hf-hub:somebody/weights"},
         {"backbone": "timm/resnet18", "backbone_kwargs": {"pretrained": True}},
@@ -349,6 +359,20 @@ def test_it_learns_under_the_ordinary_trainer(tmp_path) -> None:
     assert net.adversarial_strength == pytest.approx(reversal_strength(59 / 60))
     assert loss() <= 0.5 * before
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss(), abs=1e-5)
+
+
+def test_the_domain_head_of_a_student_is_scheduled_and_taken_out(tmp_path) -> None:
+    """Trainer's model is the pair of student and teacher then, and has neither."""
+    student = model(num_domains=2, loss_weights={"domain": 0.05})
+    pair = FeatureAffinityDistillation(student, model(), affinity_weight=0.0)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, remove_unused_columns=False,
+        report_to="none", save_strategy="no", use_cpu=True,
+    )  # fmt: skip
+    data = [{"pixel_values": image} for image in eyes(8)]
+    Trainer(pair, arguments, train_dataset=data, callbacks=[ReversalSchedule(), DropDomainHead()]).train()
+    assert student.adversarial_strength == pytest.approx(reversal_strength(1 / 2))
+    assert not any("domain" in name for name in student.state_dict())
 
 
 # -- images in -------------------------------------------------------------------------------------------------------

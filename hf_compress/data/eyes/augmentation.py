@@ -8,7 +8,7 @@ benchmark.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class EyeAugmentation:
         """
         if not 0 <= strength <= 1:
             raise DataError(f"the strength of the augmentation is {strength}; give 0 to 1.")
-        return EyeAugmentation(**{**{k: v * strength for k, v in asdict(self).items()}, "flip": self.flip})
+        return replace(self, **{name: value * strength for name, value in asdict(self).items() if name != "flip"})
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """Changed crops.

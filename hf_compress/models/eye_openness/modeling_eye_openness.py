@@ -431,15 +431,21 @@ def _standardise(images: Tensor) -> Tensor:
 class ReversalSchedule(TrainerCallback):
     """Raise the gradient reversal from 0 to nearly 1 over the training: lambda_p of arXiv 1505.07818."""
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        model.adversarial_strength = reversal_strength(state.global_step / max(state.max_steps, 1))
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _trained(kwargs).adversarial_strength = reversal_strength(state.global_step / max(state.max_steps, 1))
 
 
 class DropDomainHead(TrainerCallback):
     """Take the domain head out of the model when training ends: it is for training alone, and would be saved."""
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        model.drop_domain_head()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _trained(kwargs).drop_domain_head()
+
+
+def _trained(kwargs: dict[str, Any]) -> Any:
+    from hf_compress.methods.trained_model import trained_model  # not to load all methods with the model
+
+    return trained_model(kwargs)
 
 
 __all__ = [
