@@ -3,7 +3,9 @@
 A float ResNet of the size of ResNet-20 is trained with labels. Students with weights of four bits and of one learn from
 labels alone, from its logits alone, or from logits and affinities without labels (FAQD, Li et al. 2023, arXiv 2302.10899),
 with the exact and the fast affinity loss, in the squared form and in the paper's l1. A student has the teacher's shape and
-new weights, or is the teacher, cut to half of its MACs by magnitude. For one seed all students of a kind have the same
+new weights (the paper's "end-to-end"), or the teacher's weights ("fine-tuning"), or is the teacher, cut to half of its MACs
+by magnitude. Fine-tuned students have had more steps than the teacher, so the float network trained on as long stands
+beside them. For one seed all students of a kind have the same
 first weights, batches, steps, optimizer and schedule. Weights of the affinity loss are chosen on a validation split and a
 seed that is not reported. Whatever is finished stays in a JSON-lines file, so a run that was killed goes on where it
 stopped.
@@ -17,6 +19,7 @@ stopped.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import os
@@ -43,8 +46,9 @@ HERE = Path(__file__).resolve().parent
 PROTOCOL = replace(Protocol(), budgets=(0.5,))
 QUICK = replace(slimming_pareto.QUICK, train_images=1_000, train_steps=15)
 RATE, CLIP = 0.05, 20.0  # the papers' code clips at 20 where activations are quantized
-STUDENTS = ("new", "pruned")
+STUDENTS = ("new", "trained", "pruned")
 BITS = (4, 1)
+FLOAT = ("trained", 32, "labels")  # what fine-tuned students are measured by
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ class FaqdBench(Bench):
         if kind == "new":
             return build(self.protocol, seed + 500)
         small = copy.deepcopy(self.teacher(seed)).requires_grad_()
+        if kind == "trained":
+            return small
         cut(small, magnitude_scores(small, find_axes(small, example())), self.protocol.budgets[0])  # type: ignore[arg-type]
         return small
 
@@ -128,7 +134,7 @@ class FaqdBench(Bench):
                 student, copy.deepcopy(teacher), affinity_weight=weight, example_inputs=example(), **settings
             )
         fashion_mnist.train(
-            model, self.data, seed, [QuantizationAwareTrainingCallback(weights=bits)],
+            model, self.data, seed, [QuantizationAwareTrainingCallback(weights=bits)] if bits < 32 else [],
             max_steps=self.protocol.train_steps, per_device_train_batch_size=self.protocol.batch_size,
             optim="sgd", optim_args="momentum=0.9,nesterov=True", learning_rate=RATE, lr_scheduler_type="cosine",
             weight_decay=1e-4, max_grad_norm=CLIP,
@@ -137,24 +143,30 @@ class FaqdBench(Bench):
         self.add({**key, **self.measured_with_bytes(student, seed), "cpu_seconds": seconds})
 
 
-Choice = dict[tuple[str, int, str], float]  # student, bits and method -> weight of the affinity loss
+Key = tuple[str, int, str]  # student, bits and method
+Choice = dict[Key, float]  # weights of the affinity loss
+
+
+def compared(students: Iterable[str], only: Iterable[str]) -> list[Key]:
+    """What is trained at every seed that is reported."""
+    found = [(kind, bits, name) for kind in students for bits in BITS for name in only]
+    return [*found, FLOAT] if {("trained", "labels")} & {(kind, name) for kind, _, name in found} else found
 
 
 def chosen_weights(records: list[Record]) -> Choice:
     """The best weight of every finished grid, by the validation accuracy at the tuning seed."""
     choice: Choice = {}
-    for kind in STUDENTS:
-        for bits in BITS:
-            for name, method in METHODS.items():
-                tried = {
-                    r["weight"]: r["validation"]
-                    for r in records
-                    if r["seed"] == TUNING_SEED and (r["student"], r["bits"], r["method"]) == (kind, bits, name)
-                }
-                if len(method.grid) == 1:
-                    choice[kind, bits, name] = method.grid[0]
-                elif set(method.grid) <= set(tried):
-                    choice[kind, bits, name] = max(method.grid, key=lambda weight: tried[weight])
+    for key in compared(STUDENTS, METHODS):
+        tried = {
+            r["weight"]: r["validation"]
+            for r in records
+            if r["seed"] == TUNING_SEED and (r["student"], r["bits"], r["method"]) == key
+        }
+        grid = METHODS[key[2]].grid
+        if len(grid) == 1:
+            choice[key] = grid[0]
+        elif set(grid) <= set(tried):
+            choice[key] = max(grid, key=lambda weight, tried=tried: tried[weight])  # type: ignore[misc]
     return choice
 
 
@@ -183,6 +195,8 @@ def summary(bench: FaqdBench, choice: Choice) -> list[Record]:
         if not found:
             continue
         label = "float teacher" if name == "teacher" else METHODS[name].label
+        if (kind, bits, name) == FLOAT:
+            label = "labels, in float"
         row: Record = {"student": kind, "bits": bits, "method": name, "label": label, "weight": weight}
         row["seeds"] = sorted(r["seed"] for r in found)
         for key in ("test", "bytes", "cpu_seconds"):
@@ -211,13 +225,14 @@ def table(rows: list[Record]) -> str:
 def verdicts(rows: list[Record]) -> str:
     """The claims: without labels four bits reach the float network of the same shape; fast is exact within noise."""
     found = {(row["student"], row["bits"], row["method"]): row for row in rows}
-    teacher = found.get(("-", 32, "teacher"))
+    floats = {"the float teacher": found.get(("-", 32, "teacher")), "the float network trained on": found.get(FLOAT)}
     lines = []
     for (kind, bits, name), row in found.items():
-        if name == "ffa" and teacher is not None:
-            lines.append(
-                f"- {kind}, {bits} bits, FFA without labels: {row['test'] - teacher['test']:+.2f} points from the float teacher"
-            )
+        for which, other in floats.items():
+            if name == "ffa" and other is not None and (kind == "trained" or other["student"] == "-"):
+                lines.append(
+                    f"- {kind}, {bits} bits, FFA without labels: {row['test'] - other['test']:+.2f} points from {which}"
+                )
         exact = found.get((kind, bits, name.replace("ffa", "fa")))
         if name in ("ffa", "ffa_l1") and exact is not None:
             lines.append(
@@ -228,28 +243,30 @@ def verdicts(rows: list[Record]) -> str:
 
 
 def plot(rows: list[Record], path: Path) -> None:
-    """Test accuracy of every method; a panel for each student and number of bits, the float teacher as a line."""
+    """Test accuracy of every method; a panel for each student and number of bits, the float teacher as a line, and
+    the float network trained on as a dashed one beside students that started from it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(kind, bits) for bits in BITS for kind in STUDENTS]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.8 * len(panels), 3.6), squeeze=False, sharey=True)
-    teacher = next((row for row in rows if row["method"] == "teacher"), None)
+    figure, axes = pyplot.subplots(len(BITS), len(STUDENTS), figsize=(11.5, 6.4), sharex="row", sharey=True)
+    found = {(row["student"], row["bits"], row["method"]): row for row in rows}
     names = list(METHODS)
-    for (kind, bits), panel in zip(panels, axes[0], strict=True):
-        if teacher is not None:
-            panel.axvline(teacher["test"], color="0.5", linewidth=1)
-        for row in rows:
-            if (row["student"], row["bits"]) == (kind, bits):
-                place = names.index(row["method"])
+    for (bits, kind), panel in zip(itertools.product(BITS, STUDENTS), axes.flat, strict=True):
+        lines = {"-": found.get(("-", 32, "teacher")), "--": found.get(FLOAT) if kind == "trained" else None}
+        for style, row in lines.items():
+            if row is not None:
+                panel.axvline(row["test"], color="0.5", linewidth=1, linestyle=style)
+        for place, name in enumerate(names):
+            if row := found.get((kind, bits, name)):
                 panel.errorbar([row["test"]], [place], xerr=[row["test_std"]], marker="o", capsize=3, color="#0072B2")
         panel.set_title(f"{kind} student, {bits} bit{'s' if bits > 1 else ''}", loc="left")
-        panel.set_xlabel("test accuracy, %")
         panel.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(len(names)), [METHODS[name].label for name in names])
     axes[0][0].invert_yaxis()
+    for panel in axes[-1]:
+        panel.set_xlabel("test accuracy, %")
     figure.tight_layout()
     write_figure(path, figure)
 
@@ -291,11 +308,11 @@ def main() -> None:
         tune(bench, arguments.students, arguments.only)
     choice = chosen_weights(bench.records)
     if arguments.quick:
-        choice = {(k, b, n): m.grid[-1] for k in arguments.students for b in BITS for n, m in METHODS.items()}
+        choice = {key: METHODS[key[2]].grid[-1] for key in compared(arguments.students, METHODS)}
     if arguments.tune:
         print("\n".join(f"{' '.join(map(str, key))}: {weight:g}" for key, weight in choice.items()))
         return
-    wanted = {(k, b, n) for k in arguments.students for b in BITS for n in arguments.only}
+    wanted = set(compared(arguments.students, arguments.only))
     if not arguments.plot_only:
         if wanted - choice.keys():
             parser.error(f"no weight is chosen yet for {sorted(wanted - choice.keys())}: run with --tune first")

@@ -4,9 +4,9 @@ A ResNet of the size of ResNet-20 and a small vision transformer are trained on 
 weights and activations to int8 with the same calibration images, and once more with the same steps of training in low
 bits. Ours and NNCF's become ONNX files that ONNX Runtime executes; torchao's are compiled by torch's own compiler, which is
 what its PT2E flow is for. NNCF trains for OpenVINO, which is not measured here: what its trained networks cost in ONNX
-Runtime says nothing of what they cost there. Accuracy is measured on what is executed. Libraries that are not installed are left out
-(``pip install "hf-compress[bench]"``). Whatever is finished stays in a JSON-lines file, so a run that was killed goes on
-where it stopped.
+Runtime says nothing of what they cost there. Accuracy is measured on what is executed, and all methods of one network
+are timed in turns. Libraries that are not installed are left out (``pip install "hf-compress[bench]"``). Networks that are
+finished stay in a JSON-lines file, so a run that was killed goes on with the next.
 
     python benchmarks/quantization_peers.py          # three seeds, then report
     python benchmarks/quantization_peers.py --quick  # everything once at a toy size: does it run?
@@ -15,6 +15,7 @@ where it stopped.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import io
 import json
@@ -45,6 +46,7 @@ PROTOCOL = Protocol()
 QUICK = replace(slimming_pareto.QUICK, train_images=1_000, train_steps=20, finetune_steps=4)
 CALIBRATION = 256
 RATES = {"resnet-20": 0.02, "vit": 2e-4}
+BASELINE = "float_onnx"  # what times are compared with
 Runner = Callable[[Tensor], Tensor]
 
 
@@ -224,18 +226,36 @@ def trained(kind: str, data: Data, protocol: Protocol, seed: int, folder: Path) 
     return model
 
 
-def run(name: str, setting: Setting, rounds: int) -> Record:
-    since = time.process_time()
-    execute, size = METHODS[name][2](setting)
-    seconds = time.process_time() - since
-    found: Record = {"bytes": size, "cpu_seconds": seconds, "test": accuracy(execute, setting.data.test)}
+def run(names: list[str], setting: Setting, rounds: int) -> dict[str, Record]:
+    """Quantize one network in these ways, and time the results in turns with the float network of ONNX Runtime."""
+    found: dict[str, Record] = {}
+    runners: dict[str, Runner] = {}
+    for name in names:
+        torch.manual_seed(setting.seed)
+        since = time.process_time()
+        try:
+            runners[name], size = METHODS[name][2](setting)
+            test = accuracy(runners[name], setting.data.test)
+        except Exception as error:  # a peer that cannot do a model says so in its row
+            if name.startswith(("ours", "float_onnx")):
+                raise
+            found[name] = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"}
+            runners.pop(name, None)
+            continue
+        found[name] = {"bytes": size, "cpu_seconds": time.process_time() - since, "test": test}
+    if BASELINE not in runners:
+        runners[BASELINE] = METHODS[BASELINE][2](setting)[0]
     pixels = normalised(setting.data.test[0][:64])
-    times = compare_latency({"one": lambda: execute(pixels[:1]), "many": lambda: execute(pixels)}, rounds)
-    return {**found, "latency_1": times["one"], "latency_64": times["many"]}
+    for count in (1, 64):
+        calls = {name: functools.partial(execute, pixels[:count]) for name, execute in runners.items()}
+        times = compare_latency(calls, rounds)
+        for name in found.keys() & times:
+            found[name] |= {f"latency_{count}": times[name], f"speedup_{count}": times[BASELINE] / times[name]}
+    return found
 
 
 def table(records: list[Record]) -> str:
-    lines = ["| model | method | top-1 % | bytes | ms, 1 image | ms, 64 images | seeds |", "|---" * 7 + "|"]
+    lines = ["| model | method | top-1 % | bytes | faster, 1 image | faster, 64 images | seeds |", "|---" * 7 + "|"]
     for kind in low_rank.KINDS:
         for name, (label, _, _) in METHODS.items():
             found = [r for r in records if (r["model"], r["method"]) == (kind, name)]
@@ -245,7 +265,7 @@ def table(records: list[Record]) -> str:
                 lines.append(f"| {kind} | {label} | {reason} | | | | |")
                 continue
             mean, deviation = spread([r["test"] for r in usable])
-            cells = [f"{sum(r[key] for r in usable) / len(usable):.3f}" for key in ("latency_1", "latency_64")]
+            cells = [f"{sum(r[key] for r in usable) / len(usable):.2f}x" for key in ("speedup_1", "speedup_64")]
             size = sum(r["bytes"] for r in usable) / len(usable)
             lines.append(
                 f"| {kind} | {label} | {mean:.2f} ± {deviation:.2f} | {size:,.0f} | {cells[0]} | {cells[1]} | {len(usable)} |"
@@ -267,28 +287,23 @@ def main() -> None:
     done, folder = Records(arguments.results / f"{name}.jsonl"), arguments.results / f"{name}.models"
     if not arguments.plot_only:
         folder.mkdir(parents=True, exist_ok=True)
+        missing = [name for name in arguments.only if importlib.util.find_spec(METHODS[name][1]) is None]
+        for name in missing:
+            print(f"{name}: {METHODS[name][1]} is not installed; left out")
         for seed in arguments.seeds or protocol.seeds:
             for kind in arguments.models:
-                for method in arguments.only:
-                    key = {"model": kind, "method": method, "seed": seed}
-                    if any(r.items() >= key.items() and "test" in r for r in done.records):  # a failure is tried again
-                        continue
-                    if importlib.util.find_spec(METHODS[method][1]) is None:
-                        print(f"{method}: {METHODS[method][1]} is not installed; left out")
-                        continue
+                common = {"model": kind, "seed": seed}
+                ready = {r["method"] for r in done.records if r.items() >= common.items() and "test" in r}
+                names = [name for name in arguments.only if name not in {*missing, *ready}]  # a failure is tried again
+                if names:
                     setting = Setting(kind, trained(kind, data, protocol, seed, folder), data, protocol, seed, folder)
-                    torch.manual_seed(seed)
-                    try:
-                        record = {**key, **run(method, setting, 3 if arguments.quick else 15)}
-                    except Exception as error:  # a peer that cannot do a model says so in its row
-                        if method.startswith(("ours", "float_onnx")):
-                            raise
-                        record = {**key, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
-                    done.add(record)
+                    for name, record in run(names, setting, 3 if arguments.quick else 15).items():
+                        done.add({"model": kind, "method": name, "seed": seed, **record})
     records = done.records
     text = (
         "Top-1 is the accuracy in % of what is executed, on the 10,000 test images, mean ± standard deviation over seeds. Bytes "
-        "are of the ONNX file, and of torchao's the saved state. Times are medians for 1 and for 64 images. "
+        "are of the ONNX file, and of torchao's the saved state. Faster: the median time of the float network in ONNX Runtime "
+        "over that of the method, taken in turns, for 1 and for 64 images. "
         f"{describe_machine()}.\n\n{table(records)}\n"
     )
     print(text)
