@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fashion_mnist
 import low_rank
@@ -37,7 +37,7 @@ from slimming_pareto import Protocol, spread
 from torch import Tensor, nn
 
 from hf_compress import QuantizationAwareTrainingCallback, export_onnx
-from hf_compress.export import onnx_runner
+from hf_compress.export import int8_agreement, onnx_runner
 from hf_compress.measurement import compare_latency
 from hf_compress.measurement.latency import describe_machine
 
@@ -74,6 +74,14 @@ class Trained(nn.Module):
         return found if labels is None else {"loss": nn.functional.cross_entropy(logits, labels), **found}
 
 
+class Outcome(NamedTuple):
+    """What is executed, its bytes, and what else is recorded."""
+
+    execute: Runner
+    bytes: int
+    extra: Record | None = None
+
+
 class Setting:
     """One float network, its data, and how it is trained on."""
 
@@ -98,30 +106,33 @@ class Setting:
         return self.folder / f"{self.kind}-{self.seed}-{name}.onnx"
 
 
-# -- methods: each gives what is executed, and its bytes ------------------------------------------------------------
+# -- methods ----------------------------------------------------------------------------------------------------------
 
 
-def float_onnx(setting: Setting) -> tuple[Runner, int]:
+def float_onnx(setting: Setting) -> Outcome:
     path = export_onnx(setting.model(), setting.path("float"), setting.batches[0][:1], tolerance=1e-3)
-    return onnx_runner(path), path.stat().st_size
+    return Outcome(onnx_runner(path), path.stat().st_size)
 
 
-def float_torch(setting: Setting) -> tuple[Runner, int]:
+def float_torch(setting: Setting) -> Outcome:
     plain = Plain(setting.model()).eval()
-    return torch.compile(plain), _state_bytes(plain)
+    return Outcome(torch.compile(plain), _state_bytes(plain))
 
 
-def ours(setting: Setting, trains: bool) -> tuple[Runner, int]:
+def ours(setting: Setting, trains: bool) -> Outcome:
+    """With how far the file agrees with PyTorch: with the model's own quantizers after training in low bits, else float."""
     model = setting.model()
     if trains:
         callback = QuantizationAwareTrainingCallback(8, 8, activation_scheme="static", skip=(), batches=setting.batches)
         setting.finetune(model, [callback])
     path = setting.path("ours-qat" if trains else "ours-ptq")
     export_onnx(model, path, setting.batches[0][:1], int8=True, calibration=setting.batches, min_agreement=0.5)
-    return onnx_runner(path), path.stat().st_size
+    found = int8_agreement(model, path, normalised(setting.data.test[0]))
+    extra = {"agreement": found.argmax, "relative_difference": found.relative_difference}
+    return Outcome(onnx_runner(path), path.stat().st_size, extra)
 
 
-def nncf_after(setting: Setting) -> tuple[Runner, int]:
+def nncf_after(setting: Setting) -> Outcome:
     import nncf
     import onnx
 
@@ -131,10 +142,10 @@ def nncf_after(setting: Setting) -> tuple[Runner, int]:
     quantized = nncf.quantize(onnx.load(source), images, subset_size=len(setting.batches), **settings)
     path = setting.path("nncf-ptq")
     onnx.save(quantized, path)
-    return onnx_runner(path), path.stat().st_size
+    return Outcome(onnx_runner(path), path.stat().st_size)
 
 
-def nncf_in(setting: Setting) -> tuple[Runner, int]:
+def nncf_in(setting: Setting) -> Outcome:
     import nncf
 
     plain = Plain(setting.model()).eval()
@@ -148,10 +159,10 @@ def nncf_in(setting: Setting) -> tuple[Runner, int]:
         stripped, (images,), path, input_names=["pixel_values"], output_names=["logits"], dynamo=False,
         dynamic_axes={"pixel_values": {0: "batch"}, "logits": {0: "batch"}}, opset_version=17,
     )  # fmt: skip
-    return onnx_runner(path), path.stat().st_size
+    return Outcome(onnx_runner(path), path.stat().st_size)
 
 
-def torchao(setting: Setting, trains: bool) -> tuple[Runner, int]:
+def torchao(setting: Setting, trains: bool) -> Outcome:
     from torchao.quantization.pt2e import move_exported_model_to_eval, move_exported_model_to_train
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -175,7 +186,7 @@ def torchao(setting: Setting, trains: bool) -> tuple[Runner, int]:
     move_exported_model_to_eval(prepared)
     converted = convert_pt2e(prepared)
     _no_mode_switch(converted)
-    return torch.compile(converted), _state_bytes(converted)
+    return Outcome(torch.compile(converted), _state_bytes(converted))
 
 
 def _no_mode_switch(module: nn.Module) -> None:
@@ -190,8 +201,8 @@ def _state_bytes(module: nn.Module) -> int:
     return len(buffer.getvalue())
 
 
-METHODS: dict[str, tuple[str, str, Callable[[Setting], tuple[Runner, int]]]] = {
-    # label, the module that it needs, what runs
+METHODS: dict[str, tuple[str, str, Callable[[Setting], Outcome]]] = {
+    # label, the module that it needs, what quantizes
     "float_onnx": ("float, ONNX Runtime", "onnxruntime", float_onnx),
     "float_torch": ("float, torch.compile", "torch", float_torch),
     "ours_ptq": ("ours, after training", "onnxruntime", lambda setting: ours(setting, False)),
@@ -234,17 +245,18 @@ def run(names: list[str], setting: Setting, rounds: int) -> dict[str, Record]:
         torch.manual_seed(setting.seed)
         since = time.process_time()
         try:
-            runners[name], size = METHODS[name][2](setting)
-            test = accuracy(runners[name], setting.data.test)
+            outcome = METHODS[name][2](setting)
+            test = accuracy(outcome.execute, setting.data.test)
         except Exception as error:  # a peer that cannot do a model says so in its row
             if name.startswith(("ours", "float_onnx")):
                 raise
             found[name] = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"}
-            runners.pop(name, None)
             continue
-        found[name] = {"bytes": size, "cpu_seconds": time.process_time() - since, "test": test}
+        runners[name] = outcome.execute
+        seconds = time.process_time() - since
+        found[name] = {"bytes": outcome.bytes, "cpu_seconds": seconds, "test": test, **(outcome.extra or {})}
     if BASELINE not in runners:
-        runners[BASELINE] = METHODS[BASELINE][2](setting)[0]
+        runners[BASELINE] = METHODS[BASELINE][2](setting).execute
     pixels = normalised(setting.data.test[0][:64])
     for count in (1, 64):
         calls = {name: functools.partial(execute, pixels[:count]) for name, execute in runners.items()}
@@ -255,20 +267,25 @@ def run(names: list[str], setting: Setting, rounds: int) -> dict[str, Record]:
 
 
 def table(records: list[Record]) -> str:
-    lines = ["| model | method | top-1 % | bytes | faster, 1 image | faster, 64 images | seeds |", "|---" * 7 + "|"]
+    lines = [
+        "| model | method | top-1 % | bytes | faster, 1 image | faster, 64 images | same class as PyTorch | seeds |",
+        "|---" * 8 + "|",
+    ]
     for kind in low_rank.KINDS:
         for name, (label, _, _) in METHODS.items():
             found = [r for r in records if (r["model"], r["method"]) == (kind, name)]
             usable = [r for r in found if "test" in r]
             if not usable:
                 reason = found[0]["failed"] if found else "not run"
-                lines.append(f"| {kind} | {label} | {reason} | | | | |")
+                lines.append(f"| {kind} | {label} | {reason} | | | | | |")
                 continue
             mean, deviation = spread([r["test"] for r in usable])
             cells = [f"{sum(r[key] for r in usable) / len(usable):.2f}x" for key in ("speedup_1", "speedup_64")]
+            shares = [r["agreement"] for r in usable if "agreement" in r]
+            same = f"{100 * sum(shares) / len(shares):.2f} %" if shares else "-"
             size = sum(r["bytes"] for r in usable) / len(usable)
             lines.append(
-                f"| {kind} | {label} | {mean:.2f} ± {deviation:.2f} | {size:,.0f} | {cells[0]} | {cells[1]} | {len(usable)} |"
+                f"| {kind} | {label} | {mean:.2f} ± {deviation:.2f} | {size:,.0f} | {cells[0]} | {cells[1]} | {same} | {len(usable)} |"
             )
     return "\n".join(lines)
 
