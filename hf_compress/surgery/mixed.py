@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class MixedAttention(nn.Module):
     Attributes:
         alpha: [1, 1 + filters], the architecture variables, attention first; zeros at first.
     """
+
+    search_ends_by: ClassVar[str] = "settle_attention"
 
     def __init__(self, attention: nn.Module, filters: Mapping[Filter, FilteredTokens]):
         super().__init__()
@@ -91,8 +93,9 @@ def mix_attention(
 ) -> nn.Module:
     """Put filters beside attention blocks of a vision transformer, in place, for a search to choose between them.
 
-    Until :func:`settle_attention` has ended the search, every block computes all of its candidates, and checkpoints are
-    good for resuming only: ``from_pretrained`` does not know mixtures. For example::
+    Until :func:`settle_attention` has ended the search, every block computes all of its candidates, checkpoints are good
+    for resuming only (``from_pretrained`` does not know mixtures), and the model cannot be pruned, factorised or quantized.
+    For example::
 
         mix_attention(model, batches=loader)
         search = ArchitectureSearchCallback("rarts", architecture_lr=0.01)

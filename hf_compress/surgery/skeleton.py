@@ -945,8 +945,14 @@ def record_of(model: nn.Module, *, may_be_quantized: bool = False) -> Record | N
     Raises:
         RecordError: when its configuration holds a malformed record.
         ModelError: when its configuration says that another library quantized it; or when this one did, whose weights
-            cannot be cut either, unless ``may_be_quantized``.
+            cannot be cut either, unless ``may_be_quantized``; or when a search has not ended, whose mixtures no record
+            can describe.
     """
+    for module in model.modules():
+        if end := getattr(type(module), "search_ends_by", None):
+            raise ModelError(
+                f"this {type(model).__name__} holds a {type(module).__name__}. End its search by {end} first."
+            )
     if "hf_compress_quantization" in vars(model) and not may_be_quantized:
         raise ModelError(
             f"{type(model).__name__} is quantized, and its sizes can only be changed in float. Shrink it before it is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 
 from hf_compress import (
     ArchitectureSearchCallback,
+    HfCompressConfig,
+    factorize,
     find_axes,
     mix_attention,
     prune,
+    quantize,
     replace_attention,
     settle_attention,
 )
@@ -225,6 +229,20 @@ def test_bad_arguments_leave_the_model_alone(arguments: dict[str, Any], kind: ty
         mix_attention(model, **arguments)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [prune, partial(factorize, macs=0.8), partial(quantize, config=HfCompressConfig(weights=4)), replace_attention],
+)
+def test_a_model_whose_search_has_not_ended_is_not_changed_otherwise(change: Any) -> None:
+    model = mix_attention(wide_vit())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match="End its search by settle_attention first"):
+        change(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    prune(settle_attention(model), ratio=0.3)
 
 
 def test_what_cannot_be_mixed_or_settled_is_refused() -> None:
