@@ -66,16 +66,19 @@ class Method:
 
 
 GRID = (3.0, 10.0, 30.0)
+KL: dict[str, Any] = {"kd_loss": "kl", "temperature": 3.0}  # the other form of the paper's code; its first is mse
 METHODS = {
     "labels": Method("labels alone", None),
-    "kd": Method("logits", {}),
-    "fa": Method("logits + FA, squared", {"fast": False, "norm": "squared"}, GRID),
-    "ffa": Method("logits + FFA, squared", {"fast": True, "norm": "squared"}, GRID),
-    "fa_l1": Method("logits + FA, l1 (paper)", {"fast": False, "norm": "l1"}, GRID),
+    "kd": Method("logits, mse", {}),
+    "fa": Method("logits, mse + FA, squared", {"fast": False, "norm": "squared"}, GRID),
+    "ffa": Method("logits, mse + FFA, squared", {"fast": True, "norm": "squared"}, GRID),
+    "fa_l1": Method("logits, mse + FA, l1 (paper)", {"fast": False, "norm": "l1"}, GRID),
     # its expectation is of another size, see hf_compress.distillation.losses; the maps here have 49 to 4 pixels
-    "ffa_l1": Method("logits + FFA, l1 (paper's code)", {"fast": True, "norm": "l1"}, (10.0, 30.0, 100.0)),
+    "ffa_l1": Method("logits, mse + FFA, l1 (paper's code)", {"fast": True, "norm": "l1"}, (10.0, 30.0, 100.0)),
+    "kd_kl": Method("logits, KL at T = 3", KL),
+    "ffa_kl": Method("logits, KL at T = 3 + FFA, squared", {**KL, "fast": True, "norm": "squared"}, GRID),
     "ffa_labels": Method(
-        "logits + FFA, squared + labels", {"fast": True, "norm": "squared", "label_weight": 0.3}, GRID
+        "logits, mse + FFA, squared + labels", {"fast": True, "norm": "squared", "label_weight": 0.3}, GRID
     ),
 }
 
