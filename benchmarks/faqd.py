@@ -1,14 +1,14 @@
 """Low-bit students on Fashion-MNIST: what a teacher's logits, its affinities and labels are worth.
 
 A float ResNet of the size of ResNet-20 is trained with labels. Students with weights of four bits and of one learn from
-labels alone, from its logits alone, or from logits and affinities without labels (FAQD, Li et al. 2023, arXiv 2302.10899),
-with the exact and the fast affinity loss, in the squared form and in the paper's l1. A student has the teacher's shape and
-new weights (the paper's "end-to-end"), or the teacher's weights ("fine-tuning"), or is the teacher, cut to half of its MACs
-by magnitude. Fine-tuned students have had more steps than the teacher, so the float network trained on as long stands
-beside them. For one seed all students of a kind have the same
-first weights, batches, steps, optimizer and schedule. Weights of the affinity loss are chosen on a validation split and a
-seed that is not reported. Whatever is finished stays in a JSON-lines file, so a run that was killed goes on where it
-stopped.
+labels alone, from a teacher's logits alone, or from logits and affinities without labels (FAQD, Li et al. 2023, arXiv
+2302.10899), with the exact and the fast affinity loss, in the squared form and in the paper's l1. That float network is the
+teacher of students of its shape with new weights ("new"), and of itself cut to half of its MACs by magnitude ("pruned"). The
+papers' teachers are larger and fit their training images: "small" students of its shape with new weights have a teacher
+that is twice as wide and was trained three times as long. For one seed all students of a kind have the same first weights,
+batches, steps, optimizer and schedule; "new" and "small" ones share them too. Weights of the affinity loss are chosen on a
+validation split and a seed that is not reported. Whatever is finished stays in a JSON-lines file, so a run that was killed
+goes on where it stopped.
 
     python benchmarks/faqd.py --tune       # fill the grids
     python benchmarks/faqd.py              # three seeds with what was chosen, then report
@@ -46,9 +46,10 @@ HERE = Path(__file__).resolve().parent
 PROTOCOL = replace(Protocol(), budgets=(0.5,))
 QUICK = replace(slimming_pareto.QUICK, train_images=1_000, train_steps=15)
 RATE, CLIP = 0.05, 20.0  # the papers' code clips at 20 where activations are quantized
-STUDENTS = ("new", "trained", "pruned")
+STUDENTS = ("new", "pruned", "small")
 BITS = (4, 1)
-FLOAT = ("trained", 32, "labels")  # what fine-tuned students are measured by
+TEACHERS = {"teacher": "labels, in float (teacher)", "large teacher": "labels, in float (larger teacher)"}
+LARGE_WIDTHS, LARGE_STEPS = (32, 64, 128), 3  # of the teacher of small students; steps as a multiple
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class FaqdBench(Bench):
 
     def __init__(self, protocol: Protocol, data: Data, file: Path):
         super().__init__(protocol, data, file)
-        self.teachers: dict[int, Any] = {}
+        self.teachers: dict[tuple[str, int], Any] = {}
 
     def measured_with_bytes(self, model: nn.Module, seed: int) -> dict[str, float]:
         found = {"validation": accuracy(model, self.data.validation)}
@@ -99,29 +100,31 @@ class FaqdBench(Bench):
             found["bytes"] = checkpoint_bytes(folder)
         return found
 
-    def teacher(self, seed: int) -> Any:
-        """The float network of a seed, trained when it is first asked for and kept beside the records."""
-        if seed in self.teachers:
-            return self.teachers[seed]
-        model, file = build(self.protocol, seed), self.file.with_suffix(f".teacher-{seed}.pt")
+    def teacher(self, name: str, seed: int) -> Any:
+        """The float network ("teacher") or the larger one of a seed, trained when first asked for, kept beside the records."""
+        if (name, seed) in self.teachers:
+            return self.teachers[name, seed]
+        model, protocol = build(self.protocol, seed), self.protocol
+        if name == "large teacher":
+            model = build(protocol, seed, LARGE_WIDTHS)
+            protocol = replace(protocol, train_steps=LARGE_STEPS * protocol.train_steps)
+        file = self.file.with_suffix(f".{name.replace(' ', '-')}-{seed}.pt")
         if file.exists():
             model.load_state_dict(torch.load(file))
         else:
-            slimming_pareto.train(model, self.data, self.protocol, seed)
+            slimming_pareto.train(model, self.data, protocol, seed)
             torch.save(model.state_dict(), file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
-        key = {"student": "-", "bits": 32, "method": "teacher", "weight": 0.0, "seed": seed}
+        key = {"student": "-", "bits": 32, "method": name, "weight": 0.0, "seed": seed}
         if not self.has(**key):
             self.add({**key, **self.measured_with_bytes(model, seed)})
-        self.teachers[seed] = model
+        self.teachers[name, seed] = model
         return model
 
     def student(self, kind: str, seed: int) -> Any:
-        if kind == "new":
+        if kind != "pruned":
             return build(self.protocol, seed + 500)
-        small = copy.deepcopy(self.teacher(seed)).requires_grad_()
-        if kind == "trained":
-            return small
+        small = copy.deepcopy(self.teacher("teacher", seed)).requires_grad_()
         cut(small, magnitude_scores(small, find_axes(small, example())), self.protocol.budgets[0])  # type: ignore[arg-type]
         return small
 
@@ -129,7 +132,8 @@ class FaqdBench(Bench):
         key = {"student": kind, "bits": bits, "method": name, "weight": weight, "seed": seed}
         if self.has(**key):
             return
-        teacher, student = self.teacher(seed), self.student(kind, seed)
+        teacher = self.teacher("large teacher" if kind == "small" else "teacher", seed)
+        student = self.student(kind, seed)
         since = time.process_time()
         model, settings = student, METHODS[name].settings
         if settings is not None:
@@ -137,7 +141,7 @@ class FaqdBench(Bench):
                 student, copy.deepcopy(teacher), affinity_weight=weight, example_inputs=example(), **settings
             )
         fashion_mnist.train(
-            model, self.data, seed, [QuantizationAwareTrainingCallback(weights=bits)] if bits < 32 else [],
+            model, self.data, seed, [QuantizationAwareTrainingCallback(weights=bits)],
             max_steps=self.protocol.train_steps, per_device_train_batch_size=self.protocol.batch_size,
             optim="sgd", optim_args="momentum=0.9,nesterov=True", learning_rate=RATE, lr_scheduler_type="cosine",
             weight_decay=1e-4, max_grad_norm=CLIP,
@@ -151,9 +155,9 @@ Choice = dict[Key, float]  # weights of the affinity loss
 
 
 def compared(students: Iterable[str], only: Iterable[str]) -> list[Key]:
-    """What is trained at every seed that is reported."""
+    """What is trained at every seed that is reported; small students with labels alone are the new ones."""
     found = [(kind, bits, name) for kind in students for bits in BITS for name in only]
-    return [*found, FLOAT] if {("trained", "labels")} & {(kind, name) for kind, _, name in found} else found
+    return [key for key in found if (key[0], key[2]) != ("small", "labels")]
 
 
 def chosen_weights(records: list[Record]) -> Choice:
@@ -187,7 +191,7 @@ def tune(bench: FaqdBench, students: Iterable[str], only: Iterable[str]) -> None
 def summary(bench: FaqdBench, choice: Choice) -> list[Record]:
     """One row per student, bits and method, over the reported seeds that are finished with the chosen weight."""
     rows: list[Record] = []
-    wanted = {("-", 32, "teacher"): 0.0, **choice}
+    wanted = {("-", 32, name): 0.0 for name in TEACHERS} | choice
     for (kind, bits, name), weight in wanted.items():
         found = [
             r
@@ -197,9 +201,7 @@ def summary(bench: FaqdBench, choice: Choice) -> list[Record]:
         ]
         if not found:
             continue
-        label = "float teacher" if name == "teacher" else METHODS[name].label
-        if (kind, bits, name) == FLOAT:
-            label = "labels, in float"
+        label = TEACHERS[name] if name in TEACHERS else METHODS[name].label
         row: Record = {"student": kind, "bits": bits, "method": name, "label": label, "weight": weight}
         row["seeds"] = sorted(r["seed"] for r in found)
         for key in ("test", "bytes", "cpu_seconds"):
@@ -228,14 +230,14 @@ def table(rows: list[Record]) -> str:
 def verdicts(rows: list[Record]) -> str:
     """The claims: without labels four bits reach the float network of the same shape; fast is exact within noise."""
     found = {(row["student"], row["bits"], row["method"]): row for row in rows}
-    floats = {"the float teacher": found.get(("-", 32, "teacher")), "the float network trained on": found.get(FLOAT)}
+    own = found.get(("-", 32, "teacher"))
     lines = []
     for (kind, bits, name), row in found.items():
-        for which, other in floats.items():
-            if name == "ffa" and other is not None and (kind == "trained" or other["student"] == "-"):
-                lines.append(
-                    f"- {kind}, {bits} bits, FFA without labels: {row['test'] - other['test']:+.2f} points from {which}"
-                )
+        if name in ("ffa", "ffa_kl") and own is not None:
+            difference = row["test"] - own["test"]
+            lines.append(
+                f"- {kind}, {bits} bits, {METHODS[name].label}, no labels: {difference:+.2f} points from the float network"
+            )
         exact = found.get((kind, bits, name.replace("ffa", "fa")))
         if name in ("ffa", "ffa_l1") and exact is not None:
             lines.append(
@@ -246,18 +248,20 @@ def verdicts(rows: list[Record]) -> str:
 
 
 def plot(rows: list[Record], path: Path) -> None:
-    """Test accuracy of every method; a panel for each student and number of bits, the float teacher as a line, and
-    the float network trained on as a dashed one beside students that started from it."""
+    """Test accuracy of every method; a panel for each student and number of bits, with the float network as a line
+    and the teacher of small students as a dashed one."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(len(BITS), len(STUDENTS), figsize=(11.5, 6.4), sharex="row", sharey=True)
+    figure, axes = pyplot.subplots(len(BITS), len(STUDENTS), figsize=(11.5, 7), sharex="row", sharey=True)
     found = {(row["student"], row["bits"], row["method"]): row for row in rows}
     names = list(METHODS)
     for (bits, kind), panel in zip(itertools.product(BITS, STUDENTS), axes.flat, strict=True):
-        lines = {"-": found.get(("-", 32, "teacher")), "--": found.get(FLOAT) if kind == "trained" else None}
+        lines = {"-": found.get(("-", 32, "teacher"))}
+        if kind == "small":
+            lines["--"] = found.get(("-", 32, "large teacher"))
         for style, row in lines.items():
             if row is not None:
                 panel.axvline(row["test"], color="0.5", linewidth=1, linestyle=style)
