@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from hf_compress.errors import DataError, MethodError, ModelError
 from hf_compress.quantization.calibration import calibrate
-from hf_compress.quantization.layers import ALPHA, freeze, quantization_of, unfreeze
+from hf_compress.quantization.layers import ALPHA, BOUNDS, STEP, freeze, quantization_of, unfreeze
 from hf_compress.quantization.post_training import attach, begin
 from hf_compress.quantization.scheme import SKIP_WORDS, Quantization
 from hf_compress.quantization.storage import check_finite
@@ -32,6 +32,10 @@ from .trained_model import trained_model
 
 _UNCALIBRATED = "hf_compress_is_uncalibrated"
 _CALIBRATION_BATCH = 32
+# Trainer clips gradients by one norm over all parameters. Those of learned steps and ranges are sums over whole channels and
+# layers, and would fill it alone and slow the weights down. So they count 1/1024 until that clipping is over, and are then
+# clipped by a norm of their own: of channels whose weights almost vanish they are huge.
+_UNTIL_CLIPPED = 2.0**-10
 
 
 class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
@@ -41,7 +45,8 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
     activations; the optimizer updates float weights with the gradient taken at the quantized ones. When training ends
     the quantized weights take the place of the float ones, and ``save_model`` writes them at their real size.
     Checkpoints written before that hold the float weights, from which training resumes, and load with
-    ``from_pretrained`` as the quantized model that they stand for.
+    ``from_pretrained`` as the quantized model that they stand for. ``max_grad_norm`` clips the gradients of learned steps
+    and ranges by a norm of their own.
 
     Args:
         weights, activations, scale, per_channel, activation_scheme, skip: see
@@ -82,6 +87,7 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
         self.rho = rho
         self.calibration_images = calibration_images
         self.batches = batches
+        self._hooks: list[Any] = []
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._begin(trained_model(kwargs))
@@ -95,6 +101,8 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
         self._begin(model)
         check_finite(model)
         _check_is_optimized(model, kwargs.get("optimizer"))
+        self._remove_hooks()
+        self._hooks = [p.register_hook(_kept_small) for p in _parameters(model, STEP, BOUNDS) if p.requires_grad]
         if vars(model).pop(_UNCALIBRATED, False) and state.global_step == 0:
             with _same_random_state():
                 batches = self._batches(kwargs["train_dataloader"]) if self.batches is None else self.batches
@@ -107,8 +115,11 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
         scheme = quantization_of(model)
         if scheme is None:
             return
-        alphas = _alphas(model, scheme)
-        if alphas:
+        if small := _gradients(model, STEP, BOUNDS):
+            torch._foreach_mul_(small, 1 / _UNTIL_CLIPPED)
+            if args.max_grad_norm:
+                nn.utils.clip_grad_norm_(_parameters(model, STEP, BOUNDS), args.max_grad_norm)
+        if alphas := _gradients(model, ALPHA):
             unscale_gradients(kwargs["optimizer"])
             torch._foreach_clamp_max_(alphas, 1.0)
             torch._foreach_clamp_min_(alphas, -1.0)
@@ -121,9 +132,14 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._remove_hooks()
         model: nn.Module = trained_model(kwargs)
         if quantization_of(model) is not None:
             attach(freeze(model))
+
+    def _remove_hooks(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def state(self) -> dict[str, Any]:
         """The constructor's arguments as JSON data; Trainer makes a new callback from them when it resumes."""
@@ -173,10 +189,21 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
             yield dataloader.collate_fn(items)
 
 
-def _alphas(model: nn.Module, scheme: Quantization) -> list[Tensor]:
-    """The gradients of the resolutions of all clipped ReLUs."""
-    found = [model.get_submodule(path)._parameters.get(ALPHA) for path in scheme.activation_layers or ()]
-    return [alpha.grad for alpha in found if alpha is not None and alpha.grad is not None]
+def _kept_small(gradient: Tensor) -> Tensor:
+    return gradient * _UNTIL_CLIPPED
+
+
+def _parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
+    """What quantizers learn, of these kinds, each once."""
+    scheme = quantization_of(model)
+    assert scheme is not None
+    paths = {*(scheme.layers or ()), *(scheme.activation_layers or ())}
+    found = (model.get_submodule(path)._parameters.get(name) for path in sorted(paths) for name in names)
+    return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
+
+
+def _gradients(model: nn.Module, *names: str) -> list[Tensor]:
+    return [parameter.grad for parameter in _parameters(model, *names) if parameter.grad is not None]
 
 
 def _check_is_optimized(model: nn.Module, optimizer: Any) -> None:

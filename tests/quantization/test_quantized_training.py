@@ -102,6 +102,39 @@ def test_gradient_of_the_resolution_is_clamped_after_the_sum(tmp_path):
     assert seen[0][1] == -1 and seen[1][0] - seen[0][0] == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_learned_steps_are_clipped_by_a_norm_of_their_own(accumulated, tmp_path):
+    """Trainer clips the weights as it would without them, and both kinds end at the norm that is allowed at most."""
+    grads: dict[float, dict[str, torch.Tensor]] = {}
+    for most in (0.0, 0.01):
+        model = small_classifier()
+        found = grads[most] = {}
+
+        class Look(transformers.TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=model, found=found, **kwargs):
+                found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+        callback = Callback(8, 8, activation_scheme="static", skip=())
+        options = {"max_steps": 1, "max_grad_norm": most, "gradient_accumulation_steps": accumulated}
+        make_trainer(model, [callback, Look()], tmp_path, **options).train()
+        assert not any(p._backward_hooks for p in model.parameters())
+
+    def norm(of: dict[str, torch.Tensor], learned: bool) -> torch.Tensor:
+        held = [g.flatten() for name, g in of.items() if ("hf_compress_" in name) == learned]
+        return torch.cat(held).norm()
+
+    free, clipped = grads[0.0], grads[0.01]
+    assert norm(free, True) > 0.1 and norm(free, False) > 0.1  # both have something to clip
+    for learned in (True, False):
+        # torch adds 1e-6 to the norm, and what is left of the steps adds a thousandth of their norm to the weights'
+        assert norm(clipped, learned) == pytest.approx(
+            0.01, rel=2e-4 + 1e-6 * float(norm(free, True) / norm(free, False)) ** 2
+        )
+    for name, gradient in free.items():
+        size = norm(free, "hf_compress_" in name)
+        torch.testing.assert_close(clipped[name] / 0.01, gradient / size, rtol=1e-3, atol=1e-5)
+
+
 def test_all_passes_use_the_quantized_weights_and_evaluation_is_of_the_final_model(tmp_path):
     model = resnet()
     arguments = {"size": 16, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
