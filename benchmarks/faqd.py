@@ -46,10 +46,28 @@ HERE = Path(__file__).resolve().parent
 PROTOCOL = replace(Protocol(), budgets=(0.5,))
 QUICK = replace(slimming_pareto.QUICK, train_images=1_000, train_steps=15)
 RATE, CLIP = 0.05, 20.0  # the papers' code clips at 20 where activations are quantized
-STUDENTS = ("new", "pruned", "small")
+STUDENTS = {"new": "teacher", "pruned": "teacher", "small": "large teacher"}  # kind -> its teacher
 BITS = (4, 1)
-TEACHERS = {"teacher": "labels, in float (teacher)", "large teacher": "labels, in float (larger teacher)"}
-LARGE_WIDTHS, LARGE_STEPS = (32, 64, 128), 3  # of the teacher of small students; steps as a multiple
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A float network.
+
+    Attributes:
+        widths: of its three stages.
+        lengths: its steps of training, as a multiple of the protocol's.
+    """
+
+    label: str
+    widths: tuple[int, int, int]
+    lengths: int
+
+
+TEACHERS = {
+    "teacher": Teacher("labels, in float (teacher)", (16, 32, 64), 1),
+    "large teacher": Teacher("labels, in float (larger teacher)", (32, 64, 128), 3),
+}
 
 
 @dataclass(frozen=True)
@@ -101,13 +119,12 @@ class FaqdBench(Bench):
         return found
 
     def teacher(self, name: str, seed: int) -> Any:
-        """The float network ("teacher") or the larger one of a seed, trained when first asked for, kept beside the records."""
+        """One of ``TEACHERS`` for a seed, trained when it is first asked for and kept beside the records."""
         if (name, seed) in self.teachers:
             return self.teachers[name, seed]
-        model, protocol = build(self.protocol, seed), self.protocol
-        if name == "large teacher":
-            model = build(protocol, seed, LARGE_WIDTHS)
-            protocol = replace(protocol, train_steps=LARGE_STEPS * protocol.train_steps)
+        known = TEACHERS[name]
+        protocol = replace(self.protocol, train_steps=known.lengths * self.protocol.train_steps)
+        model = build(protocol, seed, known.widths)
         file = self.file.with_suffix(f".{name.replace(' ', '-')}-{seed}.pt")
         if file.exists():
             model.load_state_dict(torch.load(file))
@@ -132,8 +149,7 @@ class FaqdBench(Bench):
         key = {"student": kind, "bits": bits, "method": name, "weight": weight, "seed": seed}
         if self.has(**key):
             return
-        teacher = self.teacher("large teacher" if kind == "small" else "teacher", seed)
-        student = self.student(kind, seed)
+        teacher, student = self.teacher(STUDENTS[kind], seed), self.student(kind, seed)
         since = time.process_time()
         model, settings = student, METHODS[name].settings
         if settings is not None:
@@ -173,7 +189,7 @@ def chosen_weights(records: list[Record]) -> Choice:
         if len(grid) == 1:
             choice[key] = grid[0]
         elif set(grid) <= set(tried):
-            choice[key] = max(grid, key=lambda weight, tried=tried: tried[weight])  # type: ignore[misc]
+            choice[key] = max(grid, key=tried.__getitem__)
     return choice
 
 
@@ -201,7 +217,7 @@ def summary(bench: FaqdBench, choice: Choice) -> list[Record]:
         ]
         if not found:
             continue
-        label = TEACHERS[name] if name in TEACHERS else METHODS[name].label
+        label = TEACHERS[name].label if name in TEACHERS else METHODS[name].label
         row: Record = {"student": kind, "bits": bits, "method": name, "label": label, "weight": weight}
         row["seeds"] = sorted(r["seed"] for r in found)
         for key in ("test", "bytes", "cpu_seconds"):

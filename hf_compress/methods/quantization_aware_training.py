@@ -36,6 +36,7 @@ _CALIBRATION_BATCH = 32
 # layers, and would fill it alone and slow the weights down. So they count 1/1024 until that clipping is over, and are then
 # clipped by a norm of their own: of channels whose weights almost vanish they are huge.
 _UNTIL_CLIPPED = 2.0**-10
+_HOOKS = "hf_compress_gradient_hooks"  # on the model: those of a run that was broken off are found by the next callback
 
 
 class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
@@ -87,7 +88,6 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
         self.rho = rho
         self.calibration_images = calibration_images
         self.batches = batches
-        self._hooks: list[Any] = []
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._begin(trained_model(kwargs))
@@ -101,8 +101,9 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
         self._begin(model)
         check_finite(model)
         _check_is_optimized(model, kwargs.get("optimizer"))
-        self._remove_hooks()
-        self._hooks = [p.register_hook(_kept_small) for p in _parameters(model, STEP, BOUNDS) if p.requires_grad]
+        _remove_hooks(model)
+        learned = _parameters(model, STEP, BOUNDS)
+        vars(model)[_HOOKS] = [p.register_hook(_kept_small) for p in learned if p.requires_grad]
         if vars(model).pop(_UNCALIBRATED, False) and state.global_step == 0:
             with _same_random_state():
                 batches = self._batches(kwargs["train_dataloader"]) if self.batches is None else self.batches
@@ -115,11 +116,12 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
         scheme = quantization_of(model)
         if scheme is None:
             return
-        if small := _gradients(model, STEP, BOUNDS):
-            torch._foreach_mul_(small, 1 / _UNTIL_CLIPPED)
+        learned = _parameters(model, STEP, BOUNDS)
+        if gradients := _gradients(learned):
+            torch._foreach_mul_(gradients, 1 / _UNTIL_CLIPPED)
             if args.max_grad_norm:
-                nn.utils.clip_grad_norm_(_parameters(model, STEP, BOUNDS), args.max_grad_norm)
-        if alphas := _gradients(model, ALPHA):
+                nn.utils.clip_grad_norm_(learned, args.max_grad_norm)
+        if alphas := _gradients(_parameters(model, ALPHA)):
             unscale_gradients(kwargs["optimizer"])
             torch._foreach_clamp_max_(alphas, 1.0)
             torch._foreach_clamp_min_(alphas, -1.0)
@@ -132,14 +134,10 @@ class QuantizationAwareTrainingCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._remove_hooks()
         model: nn.Module = trained_model(kwargs)
+        _remove_hooks(model)
         if quantization_of(model) is not None:
             attach(freeze(model))
-
-    def _remove_hooks(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
 
     def state(self) -> dict[str, Any]:
         """The constructor's arguments as JSON data; Trainer makes a new callback from them when it resumes."""
@@ -193,17 +191,22 @@ def _kept_small(gradient: Tensor) -> Tensor:
     return gradient * _UNTIL_CLIPPED
 
 
+def _remove_hooks(model: nn.Module) -> None:
+    for handle in vars(model).pop(_HOOKS, ()):
+        handle.remove()
+
+
 def _parameters(model: nn.Module, *names: str) -> list[nn.Parameter]:
-    """What quantizers learn, of these kinds, each once."""
+    """What quantizers learn, of these kinds."""
     scheme = quantization_of(model)
     assert scheme is not None
-    paths = {*(scheme.layers or ()), *(scheme.activation_layers or ())}
-    found = (model.get_submodule(path)._parameters.get(name) for path in sorted(paths) for name in names)
-    return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
+    paths = sorted({*(scheme.layers or ()), *(scheme.activation_layers or ())})
+    found = [model.get_submodule(path)._parameters.get(name) for path in paths for name in names]
+    return [parameter for parameter in found if parameter is not None]
 
 
-def _gradients(model: nn.Module, *names: str) -> list[Tensor]:
-    return [parameter.grad for parameter in _parameters(model, *names) if parameter.grad is not None]
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _check_is_optimized(model: nn.Module, optimizer: Any) -> None:

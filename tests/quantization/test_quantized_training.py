@@ -135,6 +135,26 @@ def test_learned_steps_are_clipped_by_a_norm_of_their_own(accumulated, tmp_path)
         torch.testing.assert_close(clipped[name] / 0.01, gradient / size, rtol=1e-3, atol=1e-5)
 
 
+def test_a_run_that_broke_off_leaves_nothing_behind_for_the_next(tmp_path):
+    """Its hooks go, else gradients of learned steps would be made small twice and large once."""
+    model, counts = small_classifier(), []
+
+    class Break(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    class Count(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            learned = [p for name, p in model.named_parameters() if name.endswith("hf_compress_step")]
+            counts.extend(len(p._backward_hooks) for p in learned)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model, [Callback(8), Break()], tmp_path, max_steps=2).train()
+    make_trainer(model, [Callback(8), Count()], tmp_path, max_steps=1).train()
+    assert counts and set(counts) == {1}
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
 def test_all_passes_use_the_quantized_weights_and_evaluation_is_of_the_final_model(tmp_path):
     model = resnet()
     arguments = {"size": 16, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
